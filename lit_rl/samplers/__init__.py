@@ -1,1 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Rollout samplers: they turn prompts into completions with log-probabilities."""
+
+from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler, Sampling
+from lit_rl.samplers.hf import HFSampler
+
+__all__ = ["HFSampler", "Progress", "RolloutRequest", "RolloutSampler", "Sampling"]

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every rollout sampler promises: requests in, completions with log-probabilities out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_rl.rollouts import Prompts, Rollouts, occurrence
+
+
+@dataclass
+class Sampling:
+    """How to draw tokens.
+
+    Args:
+        temperature: divides the logits; 0 is greedy (log-probabilities are then those of temperature 1).
+        top_p: keep the smallest set of tokens whose probability reaches this (1 keeps all).
+        top_k: keep the k most likely tokens (0 keeps all).
+        min_p: keep tokens of at least this fraction of the largest probability (0 keeps all).
+        max_tokens: budget of a completion in tokens.
+        stop: strings that end a completion (the completion ends with the token that completes the string).
+        stop_token_ids: token ids that end a completion, besides the end-of-sequence token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    stop: Sequence[str] = field(default_factory=tuple)
+    stop_token_ids: Sequence[int] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; 1 keeps every token.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (keep every token) or positive, got {self.top_k}.")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}; 0 keeps every token.")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}.")
+
+    @property
+    def full_support(self) -> bool:
+        """Whether every token can be drawn, so that the policy's own log-probabilities are the sampler's."""
+        return self.top_p == 1 and self.top_k == 0 and self.min_p == 0 and self.temperature > 0
+
+
+class Progress(Protocol):
+    """What a running sampler shows to `RolloutRequest.should_stop` after every decode step."""
+
+    step: int
+    finished: Tensor  # [N] bool, on the CPU
+    lengths: Tensor  # [N] int, tokens so far, on the CPU
+
+
+@dataclass
+class RolloutRequest:
+    """N completions to sample for B prompts.
+
+    Attributes:
+        prompts: the B prompts.
+        group: ``[N]`` index of each completion's prompt.
+        sample: ``[N]`` index of each completion within its group; with ``seed`` and the prompt's ``draw`` it
+            determines the sampling noise at every position.
+        sampling: how to draw tokens.
+        seed: seed of the sampling noise.
+        budgets: ``[N]`` tokens allowed in all for each completion (prefix included); None: ``sampling.max_tokens``.
+        prefix: unfinished completions to continue: N rows in the order of ``group``; rows of length 0 start afresh.
+        should_stop: called after each decode step; True interrupts generation, and unfinished rows come back with
+            `StopReason.ABORTED`.
+        score: scores rollouts with the module's own rewards, for samplers that select.
+        entropy: ask for the entropy of the sampling distribution at each position (token signal ``entropy``).
+    """
+
+    prompts: Prompts
+    group: Tensor
+    sample: Tensor
+    sampling: Sampling
+    seed: int
+    budgets: Tensor | None = None
+    prefix: Rollouts | None = None
+    should_stop: Callable[[Progress], bool] | None = None
+    score: Callable[[Rollouts], Rollouts] | None = None
+    entropy: bool = True
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @classmethod
+    def for_groups(
+        cls, prompts: Prompts, group_size: int, sampling: Sampling, seed: int, **extra: Any
+    ) -> RolloutRequest:
+        """``group_size`` completions of each prompt, rows of one prompt together."""
+        group = torch.arange(len(prompts)).repeat_interleave(group_size)
+        return cls(prompts, group, occurrence(group), sampling, seed, **extra)
+
+
+class RolloutSampler(ABC):
+    """Generates completions. One instance belongs to one module; wrappers hold an inner sampler.
+
+    The log-probabilities that a sampler returns (``logprobs.sampler``) are *processed*: after temperature and over the
+    support that was sampled from. A sampler that shares the trainer's weights in its process sets ``in_process``: then
+    the trainer may take them for its own where the support is full.
+    """
+
+    in_process: bool = False
+
+    def setup(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        """Called once before the first request, on every rank, with the policy on its device."""
+        self.model, self.tokenizer = model, tokenizer
+
+    @abstractmethod
+    def submit(self, request: RolloutRequest) -> None:
+        """Accept a request. At most one is in flight unless the sampler says otherwise."""
+
+    @abstractmethod
+    def collect(self) -> Rollouts:
+        """The completions of the oldest request, as a batch with rows in the order of the request."""
+
+    def sample(self, request: RolloutRequest) -> Rollouts:
+        """`submit`, then `collect`."""
+        self.submit(request)
+        return self.collect()
+
+    def sync(self, model: torch.nn.Module, version: int) -> None:
+        """Take the policy's current weights; completions sampled from now on carry ``version``."""
+        self.policy_version = version
+
+    policy_version: int = 0
+
+    def on_rewind(self, model: torch.nn.Module) -> None:
+        """The policy went back to earlier weights: forget in-flight work that belongs to the abandoned future."""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While inside, the sampler owns the accelerator's memory (engines wake up and go to sleep here)."""
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next request depends on; in-flight work is finished first, so that resume is exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def describe(self) -> str:
+        """One line for the run header."""
+        return type(self).__name__
+
+    def close(self) -> None:
+        """Release processes and memory."""
