@@ -138,7 +138,7 @@ class RolloutSampler(ABC):
 
     policy_version: int = 0
 
-    def on_rewind(self, model: torch.nn.Module) -> None:
+    def on_rewind(self, model: torch.nn.Module) -> None:  # noqa: B027
         """The policy went back to earlier weights: forget in-flight work that belongs to the abandoned future."""
 
     @contextmanager
@@ -150,12 +150,12 @@ class RolloutSampler(ABC):
         """What the next request depends on; in-flight work is finished first, so that resume is exact."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore what `state_dict` returned."""
 
     def describe(self) -> str:
         """One line for the run header."""
         return type(self).__name__
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release processes and memory."""

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode steps of a transformers causal language model, for a batch whose rows finish one by one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rl.samplers.cache import GrowingCache
+
+_FIRST_COLUMNS = 128  # columns of the cache that are allocated for new tokens before it has to grow
+
+
+class ModelDecoder:
+    """Calls the model's own forward, with a mask and a cache prepared so that a step creates neither.
+
+    Contexts are padded on the left: then all rows write the same column of the cache at a step, which is a slice and
+    not a scatter, and rows differ by the number of masked columns only.
+
+    Args:
+        model: a decoder-only language model of transformers.
+        prefill_tokens: padded tokens of one prefill forward.
+    """
+
+    def __init__(self, model: Any, prefill_tokens: int = 16384) -> None:
+        self.model, self.prefill_tokens = model, prefill_tokens
+        self.config = model.config.get_text_config()
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.windows = _windows(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def start(self, contexts: Sequence[Tensor], owner: Tensor, limit: int) -> Tensor:
+        """Compute each context once and hand its cache to the rows that continue it.
+
+        Args:
+            contexts: one-dimensional int tensors of at least one token.
+            owner: ``[n]`` index of each row's context.
+            limit: how many `step` calls may follow.
+
+        Returns:
+            ``[n, V]`` logits of each row's next token.
+        """
+        lengths = torch.tensor([len(c) for c in contexts], device=self.device)
+        self.column = int(lengths.max())
+        self.position = lengths[owner]  # [n]
+        self.cache = GrowingCache(self.config.num_hidden_layers, self.column + min(limit, _FIRST_COLUMNS))
+        logits = torch.empty(0)
+        for first, last in self._chunks([len(c) for c in contexts]):
+            part, cache = self._prefill(contexts[first:last])
+            rows = ((owner >= first) & (owner < last)).nonzero()[:, 0]
+            mine = owner[rows] - first
+            self.cache.place(cache, mine, rows, len(owner), self.column)
+            if not len(logits):
+                logits = part.new_empty(len(owner), part.shape[-1])
+            logits[rows] = part[mine]
+        padding = self.column - self.position  # [n]
+        columns = torch.arange(self.column + limit, device=self.device)
+        self.mask = _additive(columns >= padding[:, None], self._mask_dtype)[:, None, None]  # [n, 1, 1, columns]
+        self.padded = bool((padding > 0).any())
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to each row, ``[n]`` -> ``[n, V]`` logits of the next."""
+        logits = self._forward(tokens)
+        self.column += 1
+        self.position = self.position + 1
+        return logits
+
+    def keep(self, alive: Tensor) -> Tensor:
+        """Drop the rows with ``alive[n]`` false. Returns the new order of the rows that stay, as indices of old ones.
+
+        Rows from the end move into the holes, so that no more is copied than was dropped.
+        """
+        count = int(alive.sum())
+        order = torch.arange(count, device=alive.device)
+        holes = (~alive[:count]).nonzero()[:, 0]
+        if len(holes):
+            tail = alive[count:].nonzero()[:, 0] + count
+            order[holes] = tail
+            self.cache.move(tail, holes, count)
+        else:
+            self.cache.move(holes, holes, count)
+        self.position, self.mask = self.position[order], self.mask[order]
+        return order
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self._step_mask(),
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def _step_mask(self) -> Tensor | dict[str, Tensor]:
+        """The additive mask of one decode step, per layer type where the model has several."""
+        total = self.column + 1
+        full = self.mask[..., :total]
+        masks = {name: full if not window else self._windowed(full, window) for name, window in self.windows.items()}
+        return masks if hasattr(self.config, "layer_types") else next(iter(masks.values()))
+
+    def _windowed(self, full: Tensor, window: int) -> Tensor:
+        """Mask all but the last ``window`` columns."""
+        if full.shape[-1] <= window:
+            return full
+        masked = full.clone()
+        masked[..., : full.shape[-1] - window] = torch.finfo(full.dtype).min
+        return masked
+
+    @property
+    def _mask_dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    def _chunks(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
+        """Ranges of contexts whose padded size stays within `prefill_tokens` (one context at least)."""
+        first, widest = 0, 0
+        for i, length in enumerate(lengths):
+            widest = max(widest, length)
+            if i > first and (i + 1 - first) * widest > self.prefill_tokens:
+                yield first, i
+                first, widest = i, length
+        yield first, len(lengths)
+
+    def _prefill(self, contexts: Sequence[Tensor]) -> tuple[Tensor, GrowingCache]:
+        """``[b, V]`` logits after each context, and the cache of all of them."""
+        width = max(len(c) for c in contexts)
+        ids = torch.zeros(len(contexts), width, dtype=torch.long, device=self.device)
+        mask = torch.zeros_like(ids)
+        for i, context in enumerate(contexts):
+            ids[i, width - len(context) :] = context.to(self.device)
+            mask[i, width - len(context) :] = 1
+        cache = GrowingCache(self.config.num_hidden_layers)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask if bool((mask == 0).any()) else None,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], cache
+
+
+def unsupported(model: Any) -> str | None:
+    """Why `ModelDecoder` cannot decode with this model, or None. Does not run it."""
+    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+        return "it is not a transformers model"
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a recurrent state instead of keys and values"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    missing = {"position_ids", "past_key_values", "logits_to_keep"} - set(inspect.signature(model.forward).parameters)
+    if missing:
+        return f"its forward takes no {', '.join(sorted(missing))}"
+    return None
+
+
+def mismatch(decoder: ModelDecoder) -> str | None:
+    """Compare a few padded, cached, shrinking decode steps with plain forwards; None if they agree."""
+    size = decoder.vocab_size
+    texts = [[(7 * i + 3) % size for i in range(5)], [(5 * i + 1) % size for i in range(2)]]
+    rows = [list(texts[0]), list(texts[0]), list(texts[1])]
+    owner = torch.tensor([0, 0, 1], device=decoder.device)
+    logits = decoder.start([torch.tensor(t) for t in texts], owner, 3)
+    for step in range(3):
+        worst = max(_difference(decoder, row, found) for row, found in zip(rows, logits))
+        if not worst <= (1e-3 if logits.dtype == torch.float32 and decoder._mask_dtype == torch.float32 else 0.1):
+            return f"its cached decode steps differ from a plain forward (relative error {worst:.1e} at step {step})"
+        if step == 1:  # the first row has finished
+            order = decoder.keep(torch.tensor([False, True, True], device=decoder.device))
+            rows = [rows[i] for i in order.tolist()]
+        if step < 2:
+            tokens = [(11 * step + 13 * i + 2) % size for i in range(len(rows))]
+            rows = [[*row, token] for row, token in zip(rows, tokens)]
+            logits = decoder.step(torch.tensor(tokens, device=decoder.device))
+    return None
+
+
+def _difference(decoder: ModelDecoder, row: list[int], found: Tensor) -> float:
+    plain = decoder.model(input_ids=torch.tensor([row], device=decoder.device)).logits[0, -1].float()
+    scale = (plain - plain.mean()).abs().max().clamp(min=1e-6)
+    return float((plain - found.float()).abs().max() / scale)
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """No gradients, evaluation mode and an attention kernel that takes masks; all restored afterwards."""
+    training = [m for m in model.modules() if m.training]
+    attention = getattr(model.config, "_attn_implementation", "sdpa")
+    switch = attention not in ("sdpa", "eager")
+    # Autocast keeps low-precision copies of the weights until its outermost context ends: an optimizer step inside that
+    # context has made them stale.
+    torch.clear_autocast_cache()
+    try:
+        for module in training:
+            module.training = False
+        if switch:
+            model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        if switch:
+            model.set_attn_implementation(attention)
+
+
+def _windows(config: Any) -> dict[str, int]:
+    """Attention window by layer type; 0 where the layer sees everything."""
+    window = int(getattr(config, "sliding_window", None) or 0)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: window if kind == "sliding_attention" else 0 for kind in dict.fromkeys(kinds)}
+    return {"full_attention": window if getattr(config, "use_sliding_window", True) else 0}
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
