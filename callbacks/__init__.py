@@ -1,1 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Interventions: Lightning callbacks over the stage hooks of a training step, one idea a file."""
+
+from lit_rl.callbacks.alarm import RewardAlarm
+from lit_rl.callbacks.autonpo import AutoNPO
+from lit_rl.callbacks.dot import DynamicOutlierTruncation
+from lit_rl.callbacks.dynamic_sampling import DynamicSampling
+from lit_rl.callbacks.grpo_lambda import GRPOLambda
+from lit_rl.callbacks.guard import Bound, DivergenceGuard
+from lit_rl.callbacks.npo import NPOSchedule
+from lit_rl.callbacks.pds import PredictiveDynamicSampling
+from lit_rl.callbacks.recap import RECAP, Objective
+from lit_rl.callbacks.rollout_logger import RolloutLogger
+from lit_rl.callbacks.schedule import ScalarSchedule
+
+__all__ = [
+    "RECAP",
+    "AutoNPO",
+    "Bound",
+    "DivergenceGuard",
+    "DynamicOutlierTruncation",
+    "DynamicSampling",
+    "GRPOLambda",
+    "NPOSchedule",
+    "Objective",
+    "PredictiveDynamicSampling",
+    "RewardAlarm",
+    "RolloutLogger",
+    "ScalarSchedule",
+]

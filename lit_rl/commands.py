@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands beside LightningCLI's. Their signatures are their command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lit_rl.checkpoint import last_good_checkpoint
+
+
+def export(run: str, output: str, checkpoint: str | None = None, merge: bool = False, force: bool = False) -> None:
+    """Write the policy of a run as a folder in hub format, ready for ``from_pretrained``, vLLM or another run.
+
+    Args:
+        run: the run's directory (it holds ``config.yaml`` and ``checkpoints``).
+        output: the folder to write.
+        checkpoint: a checkpoint file; default: the newest intact one of the run.
+        merge: merge a LoRA adapter into its base weights instead of writing the adapter alone.
+        force: merge even into a 4-bit base, which rounds the weights.
+    """
+    from lit_rl.policies import export as write
+
+    model, tokenizer = load_trained(run, checkpoint)
+    write(model, tokenizer, output, merge=merge, force=force)
+    print(f"Wrote {output}")
+
+
+def load_trained(run: str | Path, checkpoint: str | None = None) -> tuple[Any, Any]:
+    """The policy of a run with the weights of one of its checkpoints.
+
+    Args:
+        run: the run's directory.
+        checkpoint: a checkpoint file; default: the newest intact one.
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        FileNotFoundError: if the run has no configuration or no intact checkpoint.
+    """
+    import torch
+
+    run = Path(run)
+    path = Path(checkpoint) if checkpoint else last_good_checkpoint(run)
+    if path is None:
+        raise FileNotFoundError(f"No intact checkpoint below {run}: train first, or name one with --checkpoint.")
+    model, tokenizer = configured_policy(run).load()
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    trained_missing = set(missing) & {n for n, p in model.named_parameters() if p.requires_grad}
+    if unexpected or trained_missing:
+        raise ValueError(
+            f"{path} does not fit the policy in {run}/config.yaml: missing {sorted(trained_missing)[:3]}, "
+            f"unexpected {list(unexpected)[:3]}."
+        )
+    return model, tokenizer
+
+
+def configured_policy(run: Path) -> Any:
+    """The `Policy` that a run's saved configuration describes."""
+    import yaml
+    from jsonargparse import ArgumentParser
+
+    from lit_rl.policies import Policy
+
+    file = run / "config.yaml"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: it says which policy the checkpoints of this run belong to.")
+    policy = yaml.safe_load(file.read_text())["model"]["init_args"]["policy"]
+    parser = ArgumentParser()
+    parser.add_class_arguments(Policy, "policy")
+    config = parser.parse_object({"policy": policy.get("init_args", policy)})
+    return parser.instantiate_classes(config).policy
+
+
+def new_policy(
+    output: str,
+    architecture: str = "qwen2",
+    tokenizer: str | None = None,
+    hidden_size: int = 128,
+    intermediate_size: int = 352,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    initializer_range: float = 0.08,
+    max_position_embeddings: int = 512,
+    seed: int = 0,
+) -> None:
+    """Make a small, randomly initialised policy in hub format: for tests, claims and the quickstart.
+
+    Args:
+        output: the folder to write.
+        architecture: a Transformers model type that is known to the policies (``qwen2``, ``qwen3``, ``llama``, …).
+        tokenizer: folder or hub id of a tokenizer; default: a character tokenizer with 64 entries.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the feed-forward layers.
+        num_layers: number of layers.
+        num_heads: number of attention heads.
+        num_kv_heads: number of key and value heads.
+        initializer_range: standard deviation of the initial weights (Transformers' 0.02 is too small at this width).
+        max_position_embeddings: longest sequence in tokens.
+        seed: seed of the initial weights.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from lit_rl.policies import build_small_model, export
+    from lit_rl.tokenizers import build_character_tokenizer
+
+    torch.manual_seed(seed)
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else build_character_tokenizer()
+    model = build_small_model(
+        architecture,
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        initializer_range=initializer_range,
+        max_position_embeddings=max_position_embeddings,
+        eos_token_id=vocabulary.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+    )
+    export(model, vocabulary, output)
+    print(f"Wrote {output}: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks between the stages of a training step, and how they are dispatched.
+
+Any Lightning callback may implement any of the hooks below; `RolloutCallback` lists them with their meaning. They run
+in the order of ``trainer.callbacks``. The dispatcher compares every batch before and after each hook and records the
+difference in ``rollouts.edits``, so a callback that edits silently still shows up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_rl.rollouts import Batch, Edit, Rollouts
+
+if TYPE_CHECKING:
+    from lit_rl.methods.module import RLModule
+    from lit_rl.methods.terms import LossTerm
+    from lit_rl.samplers.base import RolloutRequest
+
+ValueT = TypeVar("ValueT")
+
+
+class RolloutCallback(Callback):
+    """A Lightning callback with the stage hooks of lit-rl. Implement only those you need.
+
+    A hook that receives a batch edits it in place and returns None, or returns the batch to go on with (that is how
+    rows are dropped). What a callback remembers belongs into its ``state_dict``.
+
+    Attributes:
+        requires: signals that must exist before the hooks of the update run, such as ``"logprobs.reference"`` or
+            ``"correct"``. Setup finds a provider for each or refuses with a sentence.
+        rewinds: whether this callback's state goes back when a run is rewound to an earlier rollout step. Keep it true
+            for anything that should replay identically, false for the memory of whoever rewinds.
+    """
+
+    requires: frozenset[str] = frozenset()
+    rewinds: bool = True
+
+    def check_setup(self, module: RLModule) -> None:
+        """Raise ``ValueError`` with a sentence if this callback cannot work with the module's settings."""
+
+    def on_plan(self, trainer: Trainer, module: RLModule, prompts: int) -> int | None:
+        """How many prompts should the first round of this step draw on this rank? Return a number or None."""
+
+    def on_rollout_request(self, trainer: Trainer, module: RLModule, request: RolloutRequest) -> RolloutRequest | None:
+        """Before sampling. Change the sampling settings, the group sizes or the prompts."""
+
+    def on_rollouts(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> Rollouts | None:
+        """After sampling, before scoring."""
+
+    def on_rewards(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> Rollouts | None:
+        """After scoring. Change terms, weights or rows; ``module.score(rollouts)`` runs the rewards again."""
+
+    def on_collected(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> int | None:
+        """With everything collected so far. Return how many more prompts this rank should draw, or None for enough."""
+
+    def on_batch_ready(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> Rollouts | None:
+        """Once a step, when no callback asks for more: the whole batch of this rank, before recall and credit."""
+
+    def on_advantages(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> Rollouts | None:
+        """After advantages were computed (``rollouts.advantages``)."""
+
+    def on_loss_weights(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> Rollouts | None:
+        """Once for each optimizer step, with its whole mini-batch on this rank. Change ``loss_weights``."""
+
+    def on_loss_terms(self, trainer: Trainer, module: RLModule, terms: list[LossTerm]) -> None:
+        """Before each backward pass of a micro-batch. Change coefficients, nothing else."""
+
+
+HOOKS = tuple(name for name in vars(RolloutCallback) if name.startswith("on_"))
+
+
+def dispatch(trainer: Trainer, module: LightningModule, hook: str, value: ValueT) -> ValueT:
+    """Run one hook of every callback over ``value`` and return what to go on with.
+
+    Args:
+        trainer: the trainer whose callbacks run, in order.
+        module: the method.
+        hook: name of the hook.
+        value: what the hook receives. A batch is compared before and after each callback.
+    """
+    for callback in callbacks_with(trainer, hook):
+        before = value.clone() if isinstance(value, Batch) else None
+        result = getattr(callback, hook)(trainer, module, value)
+        value = value if result is None else result
+        if before is not None and isinstance(value, Batch):
+            value.edits += edits_of(hook, callback, before, value)
+    return value
+
+
+def edits_of(hook: str, callback: Callback, before: Batch, after: Batch) -> list[Edit]:
+    """What a callback changed: signals by name, or the rows if some were dropped or added."""
+    name = type(callback).__name__
+    if len(after) != len(before):
+        return [Edit(hook, name, "rows", abs(len(after) - len(before)))]
+    return [Edit(hook, name, column, entries) for column, entries in after.diff(before).items()]
+
+
+def callbacks_with(trainer: Trainer, hook: str) -> list[Any]:
+    """The callbacks that implement a hook, in order; one that only inherits the empty hook does not count."""
+    empty = getattr(RolloutCallback, hook)
+    found = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        method = getattr(type(callback), hook, None)
+        if method is not None and method is not empty:
+            found.append(callback)
+    return found
+
+
+def required_signals(trainer: Trainer) -> dict[str, list[str]]:
+    """Signal name -> names of the callbacks that require it."""
+    wanted: dict[str, list[str]] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        requires: Iterable[str] = getattr(callback, "requires", ())
+        for signal in requires:
+            wanted.setdefault(signal, []).append(type(callback).__name__)
+    return wanted

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RLModule`: the training step as a short pipeline of named stages over one batch of rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lit_rl import distributed as ranks
+from lit_rl.hooks import callbacks_with, dispatch, edits_of
+from lit_rl.methods.evaluating import Evaluation
+from lit_rl.methods.reporting import Ledger, rollout_statistics
+from lit_rl.methods.state import RunState
+from lit_rl.methods.terms import Term
+from lit_rl.methods.updating import UpdateStage
+from lit_rl.policies import FrozenPolicy, Policy, completion_logprobs
+from lit_rl.prompts import PromptEncoder
+from lit_rl.rewards import Reward, RewardInput, check_rewards, score_rewards
+from lit_rl.rollouts import Prompts, Rollouts
+from lit_rl.samplers.base import RolloutRequest, RolloutSampler, Sampling
+from lit_rl.seeding import seed_everything_from
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+Provider = Callable[["RLModule", Rollouts], None]
+
+
+class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
+    """A method: collect → recall → credit → update, each stage one method that a subclass may override.
+
+    Args:
+        policy: the language model to train, in hub format.
+        sampler: generates completions; default `lit_rl.samplers.HFSampler`.
+        rewards: what completions are scored by; at most one of them is marked as the verifier.
+        sampling: how to draw tokens in training.
+        optimizer: builds the optimizer from the trainable parameters; default AdamW, learning rate 1e-6.
+        scheduler: builds a learning-rate scheduler that is stepped once a rollout step.
+        prompts_per_step: prompts of one training step, over all ranks.
+        group_size: completions of each prompt.
+        updates_per_rollout: optimizer steps on each batch of rollouts (mini-batches).
+        epochs_per_rollout: passes over each batch of rollouts.
+        micro_batch_tokens: padded tokens of one forward and backward pass.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
+        max_rollouts: the run ends after this many rollout steps.
+        max_rounds: how often a step may ask for more prompts (dynamic sampling) before it goes on with what it has.
+        max_prompt_tokens: budget of a prompt.
+        encoder: turns records into token ids; default: the tokenizer's own chat template for messages.
+        reference: frozen policy that ``logprobs.reference`` comes from.
+        old_logprobs: where π_old comes from when a batch gets several updates: ``"auto"`` takes the sampler's
+            log-probabilities where they are certainly the policy's own and recomputes the others, ``"recompute"``
+            recomputes all, ``"sampler"`` trusts the sampler.
+        on_nonfinite: what to do with a step whose gradient is not finite; the batch is on disk in both cases.
+        keep_entropy: ask the sampler for entropies (``policy/entropy``).
+        seed: every random decision of the run follows from it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rewards: Sequence[Reward] | Reward = (),
+        sampler: RolloutSampler | None = None,
+        sampling: Sampling | None = None,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        prompts_per_step: int = 16,
+        group_size: int = 8,
+        updates_per_rollout: int = 1,
+        epochs_per_rollout: int = 1,
+        micro_batch_tokens: int = 16384,
+        max_grad_norm: float | None = 1.0,
+        max_rollouts: int = 1000,
+        max_rounds: int = 4,
+        max_prompt_tokens: int | None = 1024,
+        encoder: Callable[..., PromptEncoder] | None = None,
+        reference: FrozenPolicy | None = None,
+        old_logprobs: Literal["auto", "recompute", "sampler"] = "auto",
+        on_nonfinite: Literal["error", "skip"] = "error",
+        keep_entropy: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        positive = {"prompts_per_step": prompts_per_step, "group_size": group_size, "max_rollouts": max_rollouts}
+        positive |= {"updates_per_rollout": updates_per_rollout, "epochs_per_rollout": epochs_per_rollout}
+        positive |= {"micro_batch_tokens": micro_batch_tokens, "max_rounds": max_rounds}
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if updates_per_rollout > prompts_per_step:
+            raise ValueError(
+                f"updates_per_rollout={updates_per_rollout} needs at least as many prompts, but prompts_per_step is "
+                f"{prompts_per_step}: lower updates_per_rollout or raise prompts_per_step."
+            )
+        self.automatic_optimization = False
+        self.policy = policy
+        self.rewards = [rewards] if isinstance(rewards, Reward) else list(rewards)
+        if self.rewards:
+            check_rewards(self.rewards)
+        if sampler is None:
+            from lit_rl.samplers.hf import HFSampler
+
+            sampler = HFSampler()
+        self.sampler = sampler
+        self.sampling = sampling if sampling is not None else Sampling()
+        self.optimizer_factory = optimizer or (lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0))
+        self.scheduler_factory = scheduler
+        self.prompts_per_step, self.group_size = prompts_per_step, group_size
+        self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
+        self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
+        self.max_rollouts, self.max_rounds = max_rollouts, max_rounds
+        self.max_prompt_tokens = max_prompt_tokens
+        self.encoder_factory = encoder or PromptEncoder
+        self.reference = reference
+        self.old_logprobs, self.on_nonfinite = old_logprobs, on_nonfinite
+        self.keep_entropy, self.seed = keep_entropy, seed
+        self.providers: dict[str, Provider] = {}
+        if reference is not None:
+            self.providers["logprobs.reference"] = reference_logprobs
+        self.ledger = Ledger()
+        self.model: torch.nn.Module | None = None  # type: ignore[assignment]
+        self.init_run_state()
+
+    # What a method defines -----------------------------------------------------------------------------------------
+
+    def terms(self) -> list[Term]:
+        """The summands of the loss. A method returns its own; coefficients are read at every step."""
+        raise TypeError(f"{type(self).__name__} must define terms(): the list of its loss terms.")
+
+    def advantages(self, rollouts: Rollouts) -> Tensor:
+        """``[N, T]``: how much better each token's completion did than expected. Zero where nothing is known."""
+        return torch.zeros(len(rollouts), rollouts.width, device=rollouts.device)
+
+    def describe(self) -> list[str]:
+        """The effective algorithm, one line a part, for the run header."""
+        return [f"loss: {term.name} = {term.describe()}" for term in self.terms()]
+
+    # The step ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One rollout step: everything that happens between two batches of completions."""
+        self.ledger = Ledger()
+        with self.ledger.timed("step"):
+            seed_everything_from(self.seed, self.rollout_step, ranks.rank())
+            boundary = self.boundary()
+            rollouts = self.collect()
+            if self.interrupted:
+                self.return_to(boundary)
+                return
+            rollouts = self.recall(rollouts)
+            rollouts = self.credit(rollouts)
+            self.update(rollouts)
+        self.finish_step(rollouts)
+
+    def collect(self) -> Rollouts:
+        """Stage 1: sample and score, in rounds, until no callback on any rank asks for more prompts."""
+        wanted = self.prompts_per_step // ranks.world_size()
+        for callback in callbacks_with(self.trainer, "on_plan"):
+            wanted = callback.on_plan(self.trainer, self, wanted) or wanted
+        rollouts: Rollouts | None = None
+        for _ in range(self.max_rounds):
+            request = dispatch(self.trainer, self, "on_rollout_request", self.plan(wanted))
+            with self.ledger.timed("rollout"), self.sampler.active():
+                fresh = self.sampler.sample(request).to(self.device)
+            if self.agree_to_stop():
+                return fresh
+            fresh = dispatch(self.trainer, self, "on_rollouts", fresh)
+            fresh = dispatch(self.trainer, self, "on_rewards", self.score(fresh))
+            rollouts = fresh if rollouts is None else Rollouts.cat([rollouts, fresh])
+            asks = [
+                c.on_collected(self.trainer, self, rollouts) or 0 for c in callbacks_with(self.trainer, "on_collected")
+            ]
+            wanted = max(asks, default=0)
+            if not int(ranks.all_max(torch.tensor(wanted, device=self.device))):
+                break
+        assert rollouts is not None
+        return dispatch(self.trainer, self, "on_batch_ready", rollouts)
+
+    def plan(self, prompts: int) -> RolloutRequest:
+        """Draw the next prompts of this rank (a collective call: the cursor moves by what all ranks draw)."""
+        counts = [int(n) for n in ranks.gather_ragged(torch.tensor([prompts], device=self.device))]
+        start = self.cursor + sum(counts[: ranks.rank()])
+        self.cursor += sum(counts)
+        encoded = self.encode(self.stream.at(start, prompts), range(start, start + prompts))
+        return RolloutRequest.for_groups(
+            encoded,
+            self.group_size,
+            self.sampling,
+            self.seed,
+            score=self.score,
+            entropy=self.keep_entropy,
+            should_stop=lambda progress: self.stop_requested(),
+        )
+
+    def encode(self, records: list[dict[str, Any]], draws: Iterable[int]) -> Prompts:
+        """Records of the data source as prompts."""
+        return self.encoder.encode(records, list(draws))
+
+    def score(self, rollouts: Rollouts) -> Rollouts:
+        """Run the rewards. Scoring again replaces raw terms and verdicts; weights that callbacks set stay."""
+        if not self.rewards:
+            return rollouts
+        with self.ledger.timed("reward"):
+            terms, weights = score_rewards(self.rewards, self.reward_input(rollouts))
+        for reward in self.rewards:
+            rollouts.reward_terms[reward.name] = terms[reward.name].to(self.device)
+            if reward.name not in rollouts.reward_weights:
+                rollouts.reward_weights[reward.name] = weights[reward.name].to(self.device)
+            if reward.verifier:
+                rollouts.correct = terms[reward.name].to(self.device)
+        return rollouts
+
+    def reward_input(self, rollouts: Rollouts) -> RewardInput:
+        """What rewards may read of a batch: texts end where the completion ends."""
+        group = rollouts.group.tolist()
+        ids = rollouts.completions()
+        prompts = rollouts.prompts
+        return RewardInput(
+            prompts=[prompts.text[g] for g in group],
+            completions=self.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            completion_ids=ids,
+            lengths=rollouts.lengths.cpu(),
+            finished=rollouts.finished.cpu(),
+            group=rollouts.group.cpu(),
+            columns={k: [v[g] for g in group] for k, v in prompts.columns.items()},
+            source=[prompts.source[g] for g in group],
+            max_length=self.sampling.max_tokens,
+        )
+
+    def recall(self, rollouts: Rollouts) -> Rollouts:
+        """Stage 2: every signal that a term or a callback requires, each from its provider, once."""
+        with self.ledger.timed("recall"):
+            for signal in self.required:
+                if signal in self.providers:
+                    self.providers[signal](self, rollouts)
+            if self.updates_per_rollout * self.epochs_per_rollout > 1:
+                self.fill_old_logprobs(rollouts)
+        return rollouts
+
+    def fill_old_logprobs(self, rollouts: Rollouts) -> None:
+        """Store π_old where nobody did: several updates move π_θ away from it."""
+        if not rollouts.width:
+            return
+        old = (
+            rollouts.logprobs["old"] if "old" in rollouts.logprobs else torch.full_like(rollouts.loss_weights, math.nan)
+        )
+        missing = torch.isnan(old) & rollouts.completion_mask
+        if self.old_logprobs != "recompute" and "sampler" in rollouts.logprobs:
+            trusted = missing & self.sampled_by_policy(rollouts)[:, None]
+            old = torch.where(trusted, rollouts.logprobs["sampler"], old)
+            missing &= ~trusted
+        rows = missing.any(1).nonzero()[:, 0]
+        if len(rows):
+            old = old.clone()
+            recomputed, _ = self.policy_logprobs(rollouts.select(rows), self.model)
+            old[rows] = torch.where(missing[rows], recomputed, old[rows])
+        rollouts.logprobs["old"] = torch.where(rollouts.completion_mask, old, 0.0)
+
+    def sampled_by_policy(self, rollouts: Rollouts) -> Tensor:
+        """``[N]`` bool: rows whose sampler log-probabilities are certainly those of the policy before the update."""
+        if self.old_logprobs == "sampler":
+            return torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.device)
+        exact = self.sampler.in_process and self.sampling.full_support and self.trainer.precision.startswith("32")
+        current = (rollouts.token["policy_version"] == self.policy_version) | ~rollouts.completion_mask
+        return (rollouts.origin == 0) & current.all(1) & exact
+
+    @torch.no_grad()
+    def policy_logprobs(
+        self, rollouts: Rollouts, model: torch.nn.Module, prompt_ids: list[Tensor] | None = None, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Score a batch under any policy, in micro-batches, without gradient.
+
+        Args:
+            rollouts: N completions.
+            model: the causal language model to score with.
+            prompt_ids: B other prompts (a privileged teacher's, say); default the batch's own.
+            entropy: whether to return entropies.
+
+        Returns:
+            Log-probabilities and entropies (or None), ``[N, T]``, 0 outside the completions.
+        """
+        from lit_rl.methods.batching import micro_batches
+
+        logprobs = torch.zeros(len(rollouts), rollouts.width, device=rollouts.device)
+        entropies = torch.zeros_like(logprobs) if entropy else None
+        prompts = prompt_ids if prompt_ids is not None else rollouts.prompts.ids
+        was_training = model.training
+        model.eval()
+        for rows in micro_batches(rollouts, self.micro_batch_tokens):
+            part, part_entropy = completion_logprobs(
+                model,
+                [prompts[g] for g in rollouts.group[rows].tolist()],
+                rollouts.completion_ids[rows],
+                rollouts.completion_mask[rows],
+                rollouts.lengths[rows],
+                temperature=self.sampling.temperature or 1.0,
+                entropy=entropy,
+                wanted=rollouts.kept_mask()[rows],
+            )
+            logprobs[rows] = part.to(logprobs.dtype)
+            if entropies is not None and part_entropy is not None:
+                entropies[rows] = part_entropy.to(entropies.dtype)
+        model.train(was_training)
+        return logprobs, entropies
+
+    def credit(self, rollouts: Rollouts) -> Rollouts:
+        """Stage 3: advantages."""
+        rollouts.advantages = self.advantages(rollouts)
+        return dispatch(self.trainer, self, "on_advantages", rollouts)
+
+    def finish_step(self, rollouts: Rollouts) -> None:
+        """Advance the two clocks, report, and hand the batch to whoever wants to look at it."""
+        rollout_statistics(rollouts, self.ledger)
+        for reward in self.rewards:
+            for kind, count in reward.pop_failures().items():
+                self.ledger.total(f"reward/{reward.name}_{kind}", float(count))
+        numbers = self.ledger.reduce(self.device)
+        self.log_step(numbers)
+        self.last_rollouts = rollouts
+        self.clock += 1
+        self.rollout_step += 1
+        if self.rollout_step >= self.max_rollouts:
+            self.trainer.should_stop = True
+
+    def rescore(self, rollouts: Rollouts, rows: Tensor) -> None:
+        """Score some rows again in place, after they were cut. Whole groups are scored, the given rows replaced.
+
+        Args:
+            rollouts: the batch.
+            rows: int ``[n]``, rows whose terms and verdicts are replaced.
+        """
+        if not len(rows):
+            return
+        touched = torch.zeros(len(rollouts.prompts), dtype=torch.bool, device=rollouts.device)
+        touched[rollouts.group[rows]] = True
+        index = touched[rollouts.group].nonzero()[:, 0]
+        again = self.score(rollouts.select(index))
+        mine = torch.isin(index, rows)
+        for name in ("correct", *(f"reward_terms.{r.name}" for r in self.rewards)):
+            values = rollouts.row[name].clone()
+            values[index[mine]] = again.row[name][mine]
+            rollouts.row[name] = values
+
+    def edited(self, hook: str, callback: Any, before: Rollouts, after: Rollouts) -> None:
+        """Record a change that a callback made outside its hook's dispatch."""
+        after.edits += edits_of(hook, callback, before, after)
+
+
+def reference_logprobs(module: RLModule, rollouts: Rollouts) -> None:
+    """Provider of ``logprobs.reference``: the module's frozen reference policy scores the batch."""
+    assert module.reference is not None
+    with module.reference.model(module.model) as model:
+        rollouts.logprobs["reference"] = module.policy_logprobs(rollouts, model)[0]

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of an `RLModule` around its steps: loading, set-up checks, clocks, checkpoints, rewinding, logging.
+
+Two clocks: ``clock`` counts training steps and never runs backward; ``rollout_step`` may be rewound and drives seeds
+and schedules. State has two kinds: training state (weights, optimizer, scheduler, cursor, ``rollout_step``, callbacks
+that rewind) and run state (``clock``, ``policy_version`` and everything that must not be forgotten).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_rl import distributed as ranks
+from lit_rl.hooks import RolloutCallback, required_signals
+
+if TYPE_CHECKING:
+    from lit_rl.data import PromptDataModule
+    from lit_rl.methods.module import RLModule
+    from lit_rl.methods.terms import Term
+    from lit_rl.rollouts import Rollouts
+
+PROGRESS_BAR = ("reward/mean", "rollout/length_mean", "speed/tokens_per_second", "val/pass@1")
+
+
+class RunState:
+    """What an `RLModule` is between steps."""
+
+    clock: int
+    rollout_step: int
+    cursor: int
+    policy_version: int
+    skipped_updates: int
+    required: list[str]
+    loss_terms: list[Term]
+    last_rollouts: Rollouts | None
+
+    def init_run_state(self: RLModule) -> None:
+        """Start of a run: nothing drawn, nothing trained."""
+        self.clock = self.rollout_step = self.cursor = self.policy_version = self.skipped_updates = 0
+        self.required, self.loss_terms = [], []
+        self.last_rollouts = None
+        self._sampler_state: dict[str, Any] | None = None
+        self._prepared = False
+        self.interrupted = False
+
+    # Set-up --------------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self: RLModule) -> PromptDataModule:
+        """The datamodule of the running trainer."""
+        from lit_rl.data import PromptDataModule
+
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, PromptDataModule):
+            raise TypeError(
+                "lit-rl methods draw their prompts from a PromptDataModule: pass one as `datamodule=` "
+                f"(got {type(data).__name__}). lit_rl.datamodules has several; see docs/data.md."
+            )
+        return data
+
+    @property
+    def run_dir(self: RLModule) -> Path:
+        """Where this run writes its files."""
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    def setup(self: RLModule, stage: str) -> None:
+        """Check that data, rewards, terms and callbacks fit together, before any model is loaded."""
+        self.loss_terms = self.terms()
+        self.check_columns(stage)
+        if stage == "fit":
+            self.stream = self.data.train_stream
+            self.check_batch_numbers()
+            self.resolve_requirements()
+
+    def check_columns(self: RLModule, stage: str) -> None:
+        """Every column that a reward reads must be in the data."""
+        data = self.data
+        streams = [data.train_stream] if stage == "fit" else []
+        streams += [eval_set.stream for eval_set in data.eval_sets]
+        for reward in self.rewards:
+            for stream in streams:
+                missing = [c for c in reward.requires_columns if c not in stream.columns()]
+                if missing and reward.sources is None:
+                    raise ValueError(
+                        f"Reward {reward.name!r} reads the column {missing[0]!r}, but the data has only "
+                        f"{sorted(stream.columns())}. Name the right column in the reward's arguments, or restrict the "
+                        "reward to the sources that have it with `sources`."
+                    )
+
+    def check_batch_numbers(self: RLModule) -> None:
+        """The batch must divide evenly over the ranks and updates."""
+        world = self.trainer.world_size
+        if self.prompts_per_step % world:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} does not divide over {world} ranks: "
+                f"use a multiple of {world}."
+            )
+        if (self.prompts_per_step // world) % self.updates_per_rollout:
+            raise ValueError(
+                f"Each rank draws {self.prompts_per_step // world} prompts, which does not divide into "
+                f"updates_per_rollout={self.updates_per_rollout} mini-batches: change one of the two."
+            )
+
+    def resolve_requirements(self: RLModule) -> None:
+        """Find a provider for everything that terms and callbacks require, or refuse."""
+        wanted = required_signals(self.trainer)
+        for term in self.loss_terms:
+            for signal in term.requires:
+                wanted.setdefault(signal, []).append(f"the loss term {term.name!r}")
+        present = {"logprobs.sampler", "rewards", "lengths"}
+        if self.keep_entropy:
+            present.add("entropy")
+        if any(r.verifier for r in self.rewards):
+            present.add("correct")
+        hints = {
+            "logprobs.reference": "set `reference` of the method (lit_rl.policies.FrozenCopy, for example)",
+            "correct": "mark one reward as the verifier (verifier: true)",
+            "entropy": "set keep_entropy: true",
+        }
+        for signal, by in wanted.items():
+            if signal not in present and signal not in self.providers:
+                hint = hints.get(signal, f"register a provider in module.providers[{signal!r}]")
+                raise ValueError(f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.")
+        self.required = [s for s in self.providers if s in wanted]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            check = getattr(callback, "check_setup", None)
+            if check is not None:
+                check(self)
+
+    def configure_model(self: RLModule) -> None:
+        """Load the policy (once), and let the reference take what it needs of the untrained weights."""
+        if self.model is not None:
+            return
+        self.model, self.tokenizer = self.policy.load()
+        self.encoder = self.encoder_factory(self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
+        self.strict_loading = all(p.requires_grad for p in self.model.parameters())
+        if self.reference is not None:
+            self.reference.setup(self.model)
+
+    def configure_optimizers(self: RLModule) -> Any:
+        """The optimizer over the trainable parameters, with the scheduler if there is one."""
+        optimizer = self.optimizer_factory([p for p in self.model.parameters() if p.requires_grad])
+        if self.scheduler_factory is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler_factory(optimizer)}
+
+    def prepare_run(self: RLModule) -> None:
+        """Once the weights are in place: rewards are tested, the sampler is connected."""
+        if self._prepared:
+            return
+        for reward in self.rewards:
+            reward.self_test()
+        if self.reference is not None:
+            self.reference.to(self.device)
+        self.sampler.setup(self.model, self.tokenizer)
+        self.sampler.sync(self.model, self.policy_version)
+        if self._sampler_state is not None:
+            self.sampler.load_state_dict(self._sampler_state)
+            self._sampler_state = None
+        self._prepared = True
+
+    def on_fit_start(self: RLModule) -> None:
+        self.prepare_run()
+        if self.rollout_step >= self.max_rollouts:
+            self.trainer.should_stop = True
+
+    def on_train_start(self: RLModule) -> None:
+        """After a resume, tell TensorBoard to forget what was logged beyond the checkpoint."""
+        if self.clock == 0:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        for logger in self.loggers:
+            writer = getattr(logger, "experiment", None)
+            file_writer = getattr(writer, "file_writer", None)
+            if file_writer is not None:
+                file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=self.clock))
+
+    def teardown(self: RLModule, stage: str) -> None:
+        """Release processes; a later stage starts them again."""
+        for reward in self.rewards:
+            reward.close()
+        self.sampler.close()
+        self._prepared = False
+
+    # Signals -------------------------------------------------------------------------------------------------------
+
+    def stop_requested(self: RLModule) -> bool:
+        """Whether a callback (`RolloutCheckpoint`, on a signal) wants the run to stop at the next token."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(c.stop_requested() for c in callbacks if hasattr(c, "stop_requested"))
+
+    def agree_to_stop(self: RLModule) -> bool:
+        """Whether any rank was asked to stop: then all of them throw the interrupted step away."""
+        self.interrupted = bool(ranks.all_max(torch.tensor(int(self.stop_requested()), device=self.device)))
+        return self.interrupted
+
+    def boundary(self: RLModule) -> dict[str, Any]:
+        """What a step may have changed by the time that it is interrupted."""
+        callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
+        return {"cursor": self.cursor, "callbacks": {c.state_key: _clone(c.state_dict()) for c in callbacks}}
+
+    def return_to(self: RLModule, boundary: dict[str, Any]) -> None:
+        """Undo an interrupted step: it will be drawn again when the run is resumed."""
+        self.cursor = boundary["cursor"]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if callback.state_key in boundary["callbacks"]:
+                callback.load_state_dict(boundary["callbacks"][callback.state_key])
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self: RLModule, checkpoint: dict[str, Any]) -> None:
+        """Add both clocks, the cursor, the sampler's and the reference's state; leave frozen weights out."""
+        frozen = {f"model.{n}" for n, p in self.model.named_parameters() if not p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        steps = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+        if "_batches_that_stepped" in steps:  # the x-axis of every log is the clock, also after an interrupted step
+            steps["_batches_that_stepped"] = self.clock
+        checkpoint["lit_rl"] = {
+            "clock": self.clock,
+            "rollout_step": self.rollout_step,
+            "cursor": self.cursor,
+            "policy_version": self.policy_version,
+            "skipped_updates": self.skipped_updates,
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+            "data": self.stream.fingerprint() if hasattr(self, "stream") else None,
+            "sampler": self.sampler.state_dict(),
+            "reference": None if self.reference is None else self.reference.state_dict(),
+        }
+
+    def on_load_checkpoint(self: RLModule, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` added, and warn about what would make the continuation differ."""
+        if "lit_rl" not in checkpoint:
+            raise ValueError("This checkpoint was not written by lit-rl: it has no 'lit_rl' entry.")
+        state = checkpoint["lit_rl"]
+        for name in ("clock", "rollout_step", "cursor", "policy_version", "skipped_updates"):
+            setattr(self, name, state[name])
+        self._sampler_state = state["sampler"]
+        if self.reference is not None and state["reference"] is not None:
+            self.reference.load_state_dict(state["reference"])
+        mine = {"seed": self.seed, "threads": torch.get_num_threads()}
+        mine["data"] = self.stream.fingerprint() if hasattr(self, "stream") else state["data"]
+        for name, value in mine.items():
+            if state[name] is not None and value != state[name]:
+                rank_zero_warn(
+                    f"Resuming with {name}={value}, but the checkpoint was written with {name}={state[name]}: "
+                    "the run will not continue exactly as it would have."
+                )
+
+    def training_state(self: RLModule) -> dict[str, Any]:
+        """Everything that a rewind restores, as tensors and plain values (cloned)."""
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
+        rewinding = [c for c in self.trainer.callbacks if getattr(c, "rewinds", False)]  # type: ignore[attr-defined]
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "model": {n: p.detach().clone() for n, p in trainable.items()},
+            "optimizer": _clone(optimizers.state_dict()),  # type: ignore[union-attr]
+            "scheduler": None if scheduler is None else _clone(scheduler.state_dict()),
+            "cursor": self.cursor,
+            "rollout_step": self.rollout_step,
+            "callbacks": {c.state_key: _clone(c.state_dict()) for c in rewinding},
+        }
+
+    @torch.no_grad()
+    def load_training_state(self: RLModule, state: dict[str, Any]) -> None:
+        """Rewind: weights, optimizer, scheduler, cursor, ``rollout_step`` and the callbacks that rewind.
+
+        Call it between steps (from ``on_train_batch_end``). ``clock`` and ``policy_version`` go on forward.
+        """
+        for name, parameter in self.model.named_parameters():
+            if name in state["model"]:
+                parameter.copy_(state["model"][name])
+        self.optimizers(use_pl_optimizer=False).load_state_dict(_clone(state["optimizer"]))  # type: ignore[union-attr]
+        if state["scheduler"] is not None:
+            self.lr_schedulers().load_state_dict(_clone(state["scheduler"]))  # type: ignore[union-attr]
+        self.cursor, self.rollout_step = state["cursor"], state["rollout_step"]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "rewinds", False) and callback.state_key in state["callbacks"]:
+                callback.load_state_dict(_clone(state["callbacks"][callback.state_key]))
+        self.policy_version += 1
+        self.sampler.on_rewind(self.model)
+        self.sampler.sync(self.model, self.policy_version)
+
+    # Logging -------------------------------------------------------------------------------------------------------
+
+    def log_step(self: RLModule, numbers: dict[str, float]) -> None:
+        """One log call for everything that was measured in a step."""
+        square = numbers.pop("_reward_square", None)
+        if square is not None:
+            numbers["reward/std"] = max(0.0, square - numbers["reward/mean"] ** 2) ** 0.5
+        seconds, tokens = numbers["time/step"], numbers.get("rollout/tokens", 0.0)
+        numbers["speed/tokens_per_second"] = tokens / seconds
+        numbers["policy/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
+        numbers["rollout_step"] = float(self.rollout_step)
+        numbers["memory/peak_gib"] = peak_memory_gib(self.device)
+        if self.skipped_updates:
+            numbers["policy/skipped_updates"] = float(self.skipped_updates)
+        shown = {k: v for k, v in numbers.items() if k in PROGRESS_BAR}
+        self.log_dict(shown, prog_bar=True)
+        self.log_dict({k: v for k, v in numbers.items() if k not in PROGRESS_BAR})
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on the accelerator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _clone(value: Any) -> Any:
+    """A deep copy of nested containers whose tensors share nothing with the original."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _clone(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(v) for v in value)
+    return value

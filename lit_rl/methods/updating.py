@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 4 of the step: mini-batches, frozen global denominators, micro-batches, one optimizer step each."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_rl import distributed as ranks
+from lit_rl.hooks import callbacks_with, dispatch
+from lit_rl.methods.batching import micro_batches, mini_batches
+from lit_rl.methods.terms import Current, LossTerm
+from lit_rl.policies import completion_logprobs
+from lit_rl.rollouts import Origin, Rollouts
+from lit_rl.storage import save_rollouts
+
+if TYPE_CHECKING:
+    from lit_rl.methods.module import RLModule
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient of an optimizer step is NaN or infinite; the batch is on disk."""
+
+
+class UpdateStage:
+    """The update of an `RLModule` (manual optimisation)."""
+
+    def update(self: RLModule, rollouts: Rollouts) -> None:
+        """Train on a batch: ``epochs_per_rollout`` × ``updates_per_rollout`` optimizer steps on every rank."""
+        steps = self.updates_per_rollout * self.epochs_per_rollout
+        with self.ledger.timed("update"):
+            self.model.train()
+            for step in range(steps):
+                mini = mini_batches(rollouts, self.updates_per_rollout)[step % self.updates_per_rollout]
+                self.optimize(mini, first=step == 0, last=step == steps - 1)
+            scheduler = self.lr_schedulers()
+            if scheduler is not None:
+                scheduler.step()  # type: ignore[union-attr, call-arg]
+        with self.ledger.timed("sync"):
+            self.policy_version += 1
+            self.sampler.sync(self.model, self.policy_version)
+
+    def optimize(self: RLModule, mini: Rollouts, first: bool, last: bool) -> None:
+        """One optimizer step on a mini-batch. Skipped on all ranks if none of them has anything to train on."""
+        for term in self.loss_terms:
+            term.prepare(self, mini)
+        mini = dispatch(self.trainer, self, "on_loss_weights", mini)
+        active = torch.zeros(len(mini), dtype=torch.bool, device=self.device)
+        for term in self.loss_terms:
+            if term.coefficient(self) != 0:
+                active |= term.active(mini)
+        counts = torch.stack([*(term.averaging(mini)[1].to(self.device) for term in self.loss_terms), active.sum()])
+        counts = ranks.all_sum(counts.double())
+        if not counts[-1]:
+            return
+        denominators = counts[:-1].unbind()
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad(set_to_none=True)
+        self.accumulate_gradients(mini, active.nonzero()[:, 0], denominators, first)
+        if not self.gradient_is_usable(mini):
+            optimizer.zero_grad(set_to_none=True)
+        elif last:
+            optimizer.step()
+        else:  # not counted in trainer.global_step, which counts rollout steps
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing, model=self)
+
+    def accumulate_gradients(
+        self: RLModule, mini: Rollouts, rows: Tensor, denominators: tuple[Tensor, ...], first: bool
+    ) -> None:
+        """Backward over all micro-batches; the ranks may hold different numbers of them."""
+        world = ranks.world_size()
+        parts = micro_batches(mini.select(rows), self.micro_batch_tokens)
+        if not parts:  # every rank takes part in the one synchronised backward pass
+            self.manual_backward(_zero_anchor(self.model))
+            return
+        for i, part in enumerate(parts):
+            synchronise = i == len(parts) - 1
+            strategy: Any = self.trainer.strategy
+            quiet = nullcontext() if synchronise or world == 1 else strategy.block_backward_sync()
+            with quiet:
+                loss = self.micro_loss(mini.select(rows[part.to(rows.device)]).trim(), denominators, first)
+                if synchronise and world > 1:
+                    loss = loss + _zero_anchor(self.model)
+                self.manual_backward(loss * world)  # DDP averages over ranks; the denominators are global already
+
+    def micro_loss(self: RLModule, micro: Rollouts, denominators: tuple[Tensor, ...], first: bool) -> Tensor:
+        """Scalar loss of one micro-batch."""
+        wanted = torch.zeros_like(micro.completion_mask)
+        for term in self.loss_terms:
+            wanted |= term.trained(micro) != 0
+        current = self.current(micro, wanted, entropy=any(term.needs_entropy for term in self.loss_terms))
+        if first:
+            self.record_mismatch(micro, current, wanted)
+        terms = self.losses(micro, current, denominators)
+        for callback in callbacks_with(self.trainer, "on_loss_terms"):
+            callback.on_loss_terms(self.trainer, self, terms)
+        for term in terms:
+            self.ledger.total(f"loss/{term.name}", term.raw().detach())
+        return sum((t.loss() for t in terms if float(t.coefficient) != 0), start=micro.loss_weights.new_zeros(()))
+
+    def current(self: RLModule, micro: Rollouts, wanted: Tensor, entropy: bool) -> Current:
+        """The policy's log-probabilities of a micro-batch, with gradient."""
+        logprobs, entropies = completion_logprobs(
+            self.model,
+            [micro.prompts.ids[g] for g in micro.group.tolist()],
+            micro.completion_ids,
+            micro.completion_mask,
+            micro.lengths,
+            temperature=self.sampling.temperature or 1.0,
+            entropy=entropy,
+            wanted=wanted,
+        )
+        return Current(logprobs, entropies)
+
+    def losses(self: RLModule, micro: Rollouts, current: Current, denominators: tuple[Tensor, ...]) -> list[LossTerm]:
+        """The named terms of one micro-batch."""
+        out = []
+        for term, denominator in zip(self.loss_terms, denominators):
+            coefficient = term.coefficient(self)
+            with torch.set_grad_enabled(coefficient != 0):
+                values = term.values(micro, current, self.ledger.signals)
+            out.append(LossTerm(term.name, values, term.averaging(micro)[0], denominator.to(values), coefficient))
+        return out
+
+    @torch.no_grad()
+    def record_mismatch(self: RLModule, micro: Rollouts, current: Current, wanted: Tensor) -> None:
+        """How far the sampler's log-probabilities are from the trainer's own (k3 and largest gap)."""
+        if "sampler" not in micro.logprobs:
+            return
+        where = wanted & (micro.origin == Origin.POLICY)[:, None]
+        gap = torch.where(where, current.logprobs.detach() - micro.logprobs["sampler"], 0.0)
+        self.ledger.mean("policy/kl_sampler", gap.exp() - gap - 1, where)
+        self.ledger.largest("policy/sampler_gap_max", gap.abs(), where)
+
+    def gradient_is_usable(self: RLModule, mini: Rollouts) -> bool:
+        """Clip the gradient; False (or an error) if it is not finite. Under fp16 the scaler decides instead."""
+        if self.trainer.precision == "16-mixed":
+            return True
+        norm = self.clip_gradient()
+        if math.isfinite(norm):
+            return True
+        path = save_rollouts(mini, self.run_dir / "nonfinite", f"clock{self.clock:08d}-rank{ranks.rank()}")
+        if self.on_nonfinite == "error":
+            raise NonFiniteGradientError(
+                f"The gradient norm of training step {self.clock} is {norm}. Its batch was saved to {path}. Look there "
+                "for extreme log-probabilities or rewards, lower the learning rate, or set on_nonfinite=skip."
+            )
+        self.skipped_updates += 1
+        return False
+
+    def clip_gradient(self: RLModule) -> float:
+        """Scale gradients down to ``max_grad_norm`` and record the norm they had."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.ledger.mean("policy/grad_norm", norm.detach().float().reshape(1))
+        return float(norm)
+
+    def on_before_optimizer_step(self: RLModule, optimizer: torch.optim.Optimizer) -> None:
+        """Under fp16, gradients are only meaningful here, after the scaler has unscaled them."""
+        if self.trainer.precision == "16-mixed":
+            self.clip_gradient()
+
+
+def _nothing() -> None:
+    """The closure of an inner update: gradients are there already."""
+
+
+def _zero_anchor(model: torch.nn.Module) -> Tensor:
+    """A zero that depends on every trained parameter, so that a rank without rows still joins the reduction."""
+    return sum((p.flatten()[:1].sum() * 0.0 for p in model.parameters() if p.requires_grad), start=torch.zeros(()))
