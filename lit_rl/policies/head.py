@@ -258,7 +258,7 @@ class _Tokens:
     grad_entropy: Tensor | None
 
     def __getitem__(self, rows: Tensor | slice) -> _Tokens:
-        pick = {name: None if x is None else x[rows] for name, x in vars(self).items()}
+        pick: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vars(self).items()}
         return _Tokens(**pick)
 
 
