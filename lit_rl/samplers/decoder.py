@@ -30,8 +30,10 @@ class ModelDecoder:
     def __init__(self, model: Any, prefill_tokens: int = 16384) -> None:
         self.model, self.prefill_tokens = model, prefill_tokens
         self.config = model.config.get_text_config()
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self.windows = _windows(self.config)
+        self.vocab_size = int(self.config.vocab_size)
+        self.windows = _windows(self.config)  # by layer type; 0 where a layer sees everything
+        kinds = getattr(self.config, "layer_types", None) or list(self.windows) * self.config.num_hidden_layers
+        self.layer_windows = [self.windows[kind] for kind in kinds]
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +53,8 @@ class ModelDecoder:
         lengths = torch.tensor([len(c) for c in contexts], device=self.device)
         self.column = int(lengths.max())
         self.position = lengths[owner]  # [n]
-        self.cache = GrowingCache(self.config.num_hidden_layers, self.column + min(limit, _FIRST_COLUMNS))
+        dtype = autocast_dtype(self.device)
+        self.cache = GrowingCache(self.config.num_hidden_layers, self.column + min(limit, _FIRST_COLUMNS), dtype)
         logits = torch.empty(0)
         for first, last in self._chunks([len(c) for c in contexts]):
             part, cache = self._prefill(contexts[first:last])
@@ -75,21 +78,28 @@ class ModelDecoder:
         return logits
 
     def keep(self, alive: Tensor) -> Tensor:
-        """Drop the rows with ``alive[n]`` false. Returns the new order of the rows that stay, as indices of old ones.
+        """Drop rows with ``alive[n]`` false. Returns the new order, as indices of the old.
 
-        Rows from the end move into the holes, so that no more is copied than was dropped.
+        `batch_rows` of them stay, all that are alive included. Rows from the end move into the holes, so that no more
+        is copied than was dropped.
         """
-        count = int(alive.sum())
+        count = self.batch_rows(int(alive.sum()))
         order = torch.arange(count, device=alive.device)
-        holes = (~alive[:count]).nonzero()[:, 0]
-        if len(holes):
-            tail = alive[count:].nonzero()[:, 0] + count
-            order[holes] = tail
-            self.cache.move(tail, holes, count)
-        else:
-            self.cache.move(holes, holes, count)
+        tail = alive[count:].nonzero()[:, 0] + count
+        holes = (~alive[:count]).nonzero()[: len(tail), 0]
+        order[holes] = tail
+        self.cache.move(tail, holes, count)
         self.position, self.mask = self.position[order], self.mask[order]
         return order
+
+    def batch_rows(self, alive: int) -> int:
+        """How many rows the batch has once only ``alive`` of them are left.
+
+        On CPUs low-precision products are compiled for each shape at its first use, so there the number is rounded up.
+        """
+        dtype = autocast_dtype(self.device) or self._mask_dtype
+        rounded = self.device.type == "cpu" and dtype != torch.float32
+        return -(-alive // 8) * 8 if rounded else alive
 
     def _forward(self, tokens: Tensor) -> Tensor:
         out = self.model(
@@ -133,12 +143,7 @@ class ModelDecoder:
 
     def _prefill(self, contexts: Sequence[Tensor]) -> tuple[Tensor, GrowingCache]:
         """``[b, V]`` logits after each context, and the cache of all of them."""
-        width = max(len(c) for c in contexts)
-        ids = torch.zeros(len(contexts), width, dtype=torch.long, device=self.device)
-        mask = torch.zeros_like(ids)
-        for i, context in enumerate(contexts):
-            ids[i, width - len(context) :] = context.to(self.device)
-            mask[i, width - len(context) :] = 1
+        ids, mask = self._padded(contexts)
         cache = GrowingCache(self.config.num_hidden_layers)
         out = self.model(
             input_ids=ids,
@@ -150,14 +155,20 @@ class ModelDecoder:
         )
         return out.logits[:, -1], cache
 
+    def _padded(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Token ids padded on the left, and the mask of real tokens, both int ``[b, width]``."""
+        width = max(len(c) for c in contexts)
+        ids = torch.zeros(len(contexts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, context in enumerate(contexts):
+            ids[i, width - len(context) :] = context
+            mask[i, width - len(context) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
 
 def unsupported(model: Any) -> str | None:
     """Why `ModelDecoder` cannot decode with this model, or None. Does not run it."""
-    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
-        return "it is not a transformers model"
     config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
     if getattr(model, "_is_stateful", False):
         return "it keeps a recurrent state instead of keys and values"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -176,12 +187,13 @@ def mismatch(decoder: ModelDecoder) -> str | None:
     rows = [list(texts[0]), list(texts[0]), list(texts[1])]
     owner = torch.tensor([0, 0, 1], device=decoder.device)
     logits = decoder.start([torch.tensor(t) for t in texts], owner, 3)
+    decoder.vocab_size = logits.shape[-1]  # a head may be larger than its config says
     for step in range(3):
         worst = max(_difference(decoder, row, found) for row, found in zip(rows, logits))
         if not worst <= (1e-3 if logits.dtype == torch.float32 and decoder._mask_dtype == torch.float32 else 0.1):
             return f"its cached decode steps differ from a plain forward (relative error {worst:.1e} at step {step})"
         if step == 1:  # the first row has finished
-            order = decoder.keep(torch.tensor([False, True, True], device=decoder.device))
+            order = decoder.keep(torch.arange(len(rows), device=decoder.device) > 0)
             rows = [rows[i] for i in order.tolist()]
         if step < 2:
             tokens = [(11 * step + 13 * i + 2) % size for i in range(len(rows))]
@@ -217,6 +229,11 @@ def decoding(model: Any) -> Iterator[None]:
             module.training = True
         if switch:
             model.set_attn_implementation(attention)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device; None outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _windows(config: Any) -> dict[str, int]:

@@ -36,7 +36,7 @@ def processed_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Bool ``[n, V]``: the smallest set of most likely tokens whose probability reaches ``top_p``."""
-    ordered, index = logits.softmax(-1).sort(-1, descending=True, stable=True)
+    ordered, index = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # probability of all more likely tokens
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before < top_p)
 
