@@ -1,7 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies: loading, log-probabilities, frozen copies and the memory they need."""
+"""Policies: loading and export, log-probabilities, frozen policies, and the memory that all of it needs."""
 
+from lit_rl.policies.exporting import export, merge_adapter
+from lit_rl.policies.frozen import EMA, AdapterOff, Checkpoint, FrozenCopy, FrozenPolicy, Live, Snapshot
 from lit_rl.policies.head import selected_logprobs
+from lit_rl.policies.loading import LoRA, Policy, build_small_model, padded_vocab
+from lit_rl.policies.plan import MemoryPlan, memory_plan
 from lit_rl.policies.scoring import Head, completion_logprobs, find_head
 
-__all__ = ["Head", "completion_logprobs", "find_head", "selected_logprobs"]
+__all__ = [
+    "AdapterOff",
+    "Checkpoint",
+    "EMA",
+    "FrozenCopy",
+    "FrozenPolicy",
+    "Head",
+    "Live",
+    "LoRA",
+    "MemoryPlan",
+    "Policy",
+    "Snapshot",
+    "build_small_model",
+    "completion_logprobs",
+    "export",
+    "find_head",
+    "memory_plan",
+    "merge_adapter",
+    "padded_vocab",
+    "selected_logprobs",
+]

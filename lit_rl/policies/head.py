@@ -78,6 +78,13 @@ def selected_logprobs(
     return _SelectedLogprobs.apply(hidden, weight, bias, targets.long(), head)
 
 
+def tile_bytes(device: str, tokens: int, vocab_size: int, chunk_tokens: int | None = None) -> int:
+    """Size of a tile of float32 logits on a kind of device (``"cpu"``, ``"cuda"``)."""
+    head = _Head(vocab_size, 1.0, None, False, chunk_tokens)
+    chunks, tiles = head.cuts(tokens, torch.device(device), 4)
+    return 4 * chunks[0].stop * tiles[0].stop if chunks else 0
+
+
 def _check(
     hidden: Tensor,
     weight: Tensor,

@@ -9,7 +9,8 @@ runs on the hidden states that predict a wanted token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -124,6 +125,18 @@ def _logit_scale(config: Any) -> float:
     return 1.0 / scaling if config.model_type.startswith("granite") else float(scaling)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
 def verify_head(model: nn.Module) -> None:
     """Compare the logits of `find_head` with the model's own on a few tokens.
@@ -133,15 +146,10 @@ def verify_head(model: nn.Module) -> None:
     """
     bare = bare_model(model)
     head = find_head(bare)
-    modes = {module: module.training for module in bare.modules()}
-    bare.eval()
-    try:
+    with evaluation_mode(bare):
         ids = torch.arange(min(8, head.vocab_size), device=bare.device)[None]
         own = bare(input_ids=ids, use_cache=False).logits[0].float()
         ours = head.logits(_backbone(bare, ids, {})[0]).float()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     gap = (own - ours).abs().max().item()
     if not gap <= 0.03 * own.abs().max().item() + 1e-4:  # half precision rounds logits to three digits
         raise ValueError(
