@@ -19,8 +19,8 @@ class NPOSchedule(RolloutCallback):
 
     The run trains from rollout step ``start`` to ``end``. There its policy becomes the guide: it samples the segment's
     prompts, one verified-correct completion each is cached, the run goes back to ``start`` and replays the segment.
-    On a prompt whose group accuracy is at most ``gate`` the last completion of the group is replaced by the guide's. The
-    *early bootstrap* is ``start=0``; the *late plateau breakthrough* is a segment on the plateau.
+    On a prompt whose group accuracy is at most ``gate`` the last completion of the group is replaced by the guide's.
+    The *early bootstrap* is ``start=0``; the *late plateau breakthrough* is a segment on the plateau.
 
     Rewards and group statistics are computed after the replacement. π_old of the replaced slot is the current policy
     (``is_mode="on_policy"``, the authors' public framework) or the guide (``"exact"``).

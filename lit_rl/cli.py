@@ -128,7 +128,8 @@ def main(args: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         args=argv,
     )
-    received = next((c.received for c in cli.trainer.callbacks if isinstance(c, RolloutCheckpoint)), None)
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    received = next((c.received for c in callbacks if isinstance(c, RolloutCheckpoint)), None)
     if received is not None:
         sys.exit(128 + received)
 

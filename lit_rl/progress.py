@@ -30,6 +30,6 @@ class RolloutProgressBar(TQDMProgressBar):
         shown: dict[str, Any] = {}
         for name, short in self.names.items():
             if name in metrics:
-                value = metrics[name]
+                value: Any = metrics[name]
                 shown[short] = f"{float(value):.0f}" if short == "tokens/s" else f"{float(value):.3g}"
         return shown

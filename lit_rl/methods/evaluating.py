@@ -53,13 +53,13 @@ class Evaluation:
     def measure(self: RLModule, batch: dict[str, Any], index: int) -> None:
         """Sample and score one batch of an evaluation set and add it to the set's metrics."""
         rollouts = self.generate(batch, self.data.eval_sets[index])
-        verifier = next((r for r in self.rewards if r.verifier), None)
+        verifier: Any = next((r for r in self.rewards if r.verifier), None)
         answers = verifier.answers(self.reward_input(rollouts)) if hasattr(verifier, "answers") else None
         self.metrics[index].update(rollouts, answers)
 
     def generate(self: RLModule, batch: dict[str, Any], eval_set: EvalSet) -> Rollouts:
         """Completions for one batch of an evaluation set, scored."""
-        settings = {"temperature": eval_set.temperature, "top_p": eval_set.top_p, "max_tokens": eval_set.max_tokens}
+        settings: dict[str, Any] = {name: getattr(eval_set, name) for name in ("temperature", "top_p", "max_tokens")}
         sampling = dataclasses.replace(self.sampling, **{k: v for k, v in settings.items() if v is not None})
         prompts = self.encode(batch["records"], batch["draws"])
         seed = mix_seeds(self.seed, "evaluation", eval_set.name)

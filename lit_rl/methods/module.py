@@ -59,6 +59,8 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
         seed: every random decision of the run follows from it.
     """
 
+    model: torch.nn.Module
+
     def __init__(
         self,
         policy: Policy,
@@ -121,7 +123,7 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
         if reference is not None:
             self.providers["logprobs.reference"] = reference_logprobs
         self.ledger = Ledger()
-        self.model: torch.nn.Module | None = None  # type: ignore[assignment]
+        self.model = None  # type: ignore[assignment]  # loaded by configure_model
         self.init_run_state()
 
     # What a method defines -----------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ PROGRESS_BAR = ("reward/mean", "rollout/length_mean", "speed/tokens_per_second",
 class RunState:
     """What an `RLModule` is between steps."""
 
+    tokenizer: Any
+    encoder: Any
     clock: int
     rollout_step: int
     cursor: int
@@ -139,7 +141,7 @@ class RunState:
             return
         self.model, self.tokenizer = self.policy.load()
         self.encoder = self.encoder_factory(self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
-        self.strict_loading = all(p.requires_grad for p in self.model.parameters())
+        self.strict_loading: bool = all(p.requires_grad for p in self.model.parameters())
         if self.reference is not None:
             self.reference.setup(self.model)
 
@@ -245,7 +247,7 @@ class RunState:
         self._sampler_state = state["sampler"]
         if self.reference is not None and state["reference"] is not None:
             self.reference.load_state_dict(state["reference"])
-        mine = {"seed": self.seed, "threads": torch.get_num_threads()}
+        mine: dict[str, Any] = {"seed": self.seed, "threads": torch.get_num_threads()}
         mine["data"] = self.stream.fingerprint() if hasattr(self, "stream") else state["data"]
         for name, value in mine.items():
             if state[name] is not None and value != state[name]:

@@ -73,7 +73,8 @@ class UpdateStage:
     ) -> None:
         """Backward over all micro-batches; the ranks may hold different numbers of them."""
         world = ranks.world_size()
-        parts = micro_batches(mini.select(rows), self.micro_batch_tokens)
+        active = mini.select(rows)
+        parts = self.micro_batch_rows(active)
         if not parts:  # every rank takes part in the one synchronised backward pass
             self.manual_backward(_zero_anchor(self.model))
             return
@@ -82,10 +83,14 @@ class UpdateStage:
             strategy: Any = self.trainer.strategy
             quiet = nullcontext() if synchronise or world == 1 else strategy.block_backward_sync()
             with quiet:
-                loss = self.micro_loss(mini.select(rows[part.to(rows.device)]).trim(), denominators, first)
+                loss = self.micro_loss(active.select(part).trim(), denominators, first)
                 if synchronise and world > 1:
                     loss = loss + _zero_anchor(self.model)
                 self.manual_backward(loss * world)  # DDP averages over ranks; the denominators are global already
+
+    def micro_batch_rows(self: RLModule, batch: Rollouts) -> list[Tensor]:
+        """Row indices of the micro-batches of a batch, within the token budget."""
+        return [rows.to(batch.device) for rows in micro_batches(batch, self.micro_batch_tokens)]
 
     def micro_loss(self: RLModule, micro: Rollouts, denominators: tuple[Tensor, ...], first: bool) -> Tensor:
         """Scalar loss of one micro-batch."""
@@ -98,8 +103,8 @@ class UpdateStage:
         terms = self.losses(micro, current, denominators)
         for callback in callbacks_with(self.trainer, "on_loss_terms"):
             callback.on_loss_terms(self.trainer, self, terms)
-        for term in terms:
-            self.ledger.total(f"loss/{term.name}", term.raw().detach())
+        for loss_term in terms:
+            self.ledger.total(f"loss/{loss_term.name}", loss_term.raw().detach())
         return sum((t.loss() for t in terms if float(t.coefficient) != 0), start=micro.loss_weights.new_zeros(()))
 
     def current(self: RLModule, micro: Rollouts, wanted: Tensor, entropy: bool) -> Current:

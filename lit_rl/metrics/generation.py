@@ -24,6 +24,17 @@ class GenerationMetrics(Metric):
 
     full_state_update = False
 
+    passed: Tensor
+    prompts_at: Tensor
+    majority_sum: Tensor
+    prompts: Tensor
+    tokens: Tensor
+    truncated: Tensor
+    reward: Tensor
+    scored: Tensor
+    unscorable: Tensor
+    rows: Tensor
+
     def __init__(self, samples: int = 1, majority: bool = False) -> None:
         super().__init__()
         self.samples, self.majority = samples, majority

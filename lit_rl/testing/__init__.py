@@ -1,1 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The public test kit: tiny runs and the contracts that components must keep.
+
+from lit_rl.testing import check_neutral, check_resume
+
+def test_my_callback_resumes(tmp_path):
+    check_resume(tmp_path, lambda: [MyCallback()])
+"""
+
+from lit_rl.testing.checks import (
+    StopAt,
+    assert_same_weights,
+    check_neutral,
+    check_resume,
+    check_split_invariance,
+    loss_and_gradients,
+)
+from lit_rl.testing.ranks import run_on_ranks
+from lit_rl.testing.toys import ToyData, final_state, make_module, make_policy, make_trainer, toy_reward, train
+
+__all__ = [
+    "StopAt",
+    "ToyData",
+    "assert_same_weights",
+    "check_neutral",
+    "check_resume",
+    "check_split_invariance",
+    "final_state",
+    "loss_and_gradients",
+    "make_module",
+    "make_policy",
+    "make_trainer",
+    "run_on_ranks",
+    "toy_reward",
+    "train",
+]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer with one token a character, for the small policies of the quickstart, tests and claims."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<eos>", "<unk>"]
+CHARACTERS = "0123456789+-*/=,.:;?!#><() \nabcdefghijklmnopqrstuvwxyz'\"[]{}^_ABCDEFGHIJKLMNOPQRSTUVWXYZ$%&|~@`\\"
+
+
+def build_character_tokenizer(vocabulary_size: int = 64) -> PreTrainedTokenizerFast:
+    """A character tokenizer: padding, end of sequence, unknown, then characters; no begin of sequence.
+
+    Save it with ``save_pretrained(folder)``; ``AutoTokenizer.from_pretrained(folder)`` reads it back.
+
+    Args:
+        vocabulary_size: number of entries. 64 hold digits, signs and small letters, 99 all printable ASCII.
+
+    Raises:
+        ValueError: the vocabulary does not hold the digits and signs, or there are not so many characters.
+    """
+    least, most = len(SPECIAL) + CHARACTERS.index("a"), len(SPECIAL) + len(CHARACTERS)
+    if not least <= vocabulary_size <= most:
+        raise ValueError(f"vocabulary_size must be between {least} and {most}, got {vocabulary_size}.")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    entries = [*SPECIAL, *CHARACTERS][:vocabulary_size]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
