@@ -7,7 +7,6 @@ from typing import Any
 _EXPORTS = {
     "ArithmeticDataModule": "arithmetic",
     "ArithmeticDemonstrations": "arithmetic",
-    "build_character_tokenizer": "arithmetic_tokenizer",
 }
 
 __all__ = list(_EXPORTS)

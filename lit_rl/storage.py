@@ -53,7 +53,7 @@ def save_rollouts(rollouts: Rollouts, folder: Path | str, name: str, texts: list
 
     folder = Path(folder)
     tensors = {f"row/{k}": v for k, v in rollouts.row.items()} | {f"token/{k}": v for k, v in rollouts.token.items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}  # none may share memory
     head = {"prompts": _prompts_as_json(rollouts.prompts), "edits": [list(e) for e in rollouts.edits]}
     blob = save(tensors, metadata={"head": json.dumps(head, default=str)})
     write_atomically(folder / f"{name}.safetensors", lambda f: f.write(blob))

@@ -15,7 +15,8 @@ CHARACTERS = "0123456789+-*/=,.:;?!#><() \nabcdefghijklmnopqrstuvwxyz'\"[]{}^_AB
 def build_character_tokenizer(vocabulary_size: int = 64) -> PreTrainedTokenizerFast:
     """A character tokenizer: padding, end of sequence, unknown, then characters; no begin of sequence.
 
-    Save it with ``save_pretrained(folder)``; ``AutoTokenizer.from_pretrained(folder)`` reads it back.
+    Save it with ``save_pretrained(folder)``; ``AutoTokenizer.from_pretrained(folder)`` reads it back. Encoding leaves
+    out characters that the vocabulary does not have.
 
     Args:
         vocabulary_size: number of entries. 64 hold digits, signs and small letters, 99 all printable ASCII.
@@ -26,14 +27,16 @@ def build_character_tokenizer(vocabulary_size: int = 64) -> PreTrainedTokenizerF
     least, most = len(SPECIAL) + CHARACTERS.index("a"), len(SPECIAL) + len(CHARACTERS)
     if not least <= vocabulary_size <= most:
         raise ValueError(f"vocabulary_size must be between {least} and {most}, got {vocabulary_size}.")
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    entries = [*SPECIAL, *CHARACTERS][:vocabulary_size]
-    vocabulary = {entry: i for i, entry in enumerate(entries)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
+    # Byte-level BPE without merges, not a word-level model: Transformers rebuilds the tokenizer of some model types
+    # (Qwen2) as byte-level BPE from the vocabulary alone, and both must give the same tokens.
+    stored = {" ": "Ġ", "\n": "Ċ"}
+    entries = [*SPECIAL, *(stored.get(c, c) for c in CHARACTERS)][:vocabulary_size]
+    backend = Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

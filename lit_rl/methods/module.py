@@ -212,7 +212,7 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
             if reward.name not in rollouts.reward_weights:
                 rollouts.reward_weights[reward.name] = weights[reward.name].to(self.device)
             if reward.verifier:
-                rollouts.correct = terms[reward.name].to(self.device)
+                rollouts.correct = terms[reward.name].to(self.device, copy=True)
         return rollouts
 
     def reward_input(self, rollouts: Rollouts) -> RewardInput:

@@ -66,7 +66,8 @@ class ExactMatchReward(PerRowReward):
 
     Args:
         answer_column: dataset column with the gold answer; a row without one (None) is not scorable.
-        marker: what announces the answer; a completion without it scores 0. None: the whole completion is the answer.
+        marker: what announces the answer; a completion without it scores 0. Empty: the whole completion is the answer.
+            (Not None: where a type allows None, YAML reads the marker ``#`` as an empty comment.)
         require_finished: whether a completion that did not end by itself scores 0.
         strip: whether white space around both answers is ignored.
         name: see `Reward`.
@@ -78,7 +79,7 @@ class ExactMatchReward(PerRowReward):
     def __init__(
         self,
         answer_column: str = "answer",
-        marker: str | None = "#",
+        marker: str = "#",
         require_finished: bool = True,
         strip: bool = True,
         name: str = "exact_match",
@@ -87,8 +88,6 @@ class ExactMatchReward(PerRowReward):
         sources: list[str] | None = None,
     ) -> None:
         super().__init__(name, weight, verifier, sources)
-        if marker == "":
-            raise ValueError("marker must not be empty; use None to compare the whole completion.")
         self.answer_column = answer_column
         self.requires_columns = (answer_column,)
         self.marker = marker
@@ -100,7 +99,7 @@ class ExactMatchReward(PerRowReward):
         if gold is None:
             return None
         found, gold = completion, str(gold)
-        if self.marker is not None:
+        if self.marker:
             if self.marker not in completion:
                 return 0.0
             found = completion.rpartition(self.marker)[2]
@@ -111,13 +110,13 @@ class ExactMatchReward(PerRowReward):
         return zero_unfinished(values, batch) if self.require_finished else values
 
     def known_examples(self) -> Sequence[RewardExample]:
-        marker, columns = self.marker or "", {self.answer_column: "42"}
+        marker, columns = self.marker, {self.answer_column: "42"}
         examples = [
             RewardExample(f"{marker}42", 1.0, columns),
             RewardExample(f"{marker}43", 0.0, columns),
             RewardExample(f"{marker}42", 0.0 if self.require_finished else 1.0, columns, finished=False),
         ]
-        if self.marker is not None:
+        if self.marker:
             examples.append(RewardExample("", 0.0, columns))
         return examples
 
