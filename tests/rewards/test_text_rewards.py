@@ -54,12 +54,12 @@ def test_exact_match_reads_behind_the_last_marker_of_a_finished_completion() -> 
     assert values[5].isnan()
     assert ExactMatchReward(require_finished=False)(batch)[4] == 1
     assert ExactMatchReward(strip=False)(batch)[1] == 0
-    assert ExactMatchReward(marker=None)(batch)[2] == 1
+    assert ExactMatchReward(marker="")(batch)[2] == 1
     assert ExactMatchReward(marker="####", answer_column="gold")(reward_input(["# 3 #### 4"], gold=["4"])) == 1
 
 
 def test_exact_match_tests_itself() -> None:
-    for reward in (ExactMatchReward(), ExactMatchReward(marker=None), ExactMatchReward(require_finished=False)):
+    for reward in (ExactMatchReward(), ExactMatchReward(marker=""), ExactMatchReward(require_finished=False)):
         reward.self_test()
 
     class Lenient(ExactMatchReward):
@@ -129,7 +129,6 @@ def test_repetition_of_words_ignores_case() -> None:
         (lambda: OverlongReward(9, 8), "buffer"),
         (lambda: RepetitionReward(0), "n must"),
         (lambda: RepetitionReward(unit="line"), "unit"),  # type: ignore[arg-type]
-        (lambda: ExactMatchReward(marker=""), "marker"),
     ],
 )
 def test_bad_arguments_are_refused(build: Any, message: str) -> None:
