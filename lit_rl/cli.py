@@ -46,6 +46,8 @@ class LitRLCLI(LightningCLI):
         """Give the run its directory: one logger there, and the checkpoint to resume from."""
         config = self.config[self.subcommand]
         run_dir = Path(config.trainer.default_root_dir)
+        if config.trainer.enable_progress_bar is False:  # Lightning refuses this beside a progress bar of our own
+            config.trainer.enable_progress_bar, config.progress.refresh_rate = None, 0
         if config.trainer.logger in (None, True):
             config.trainer.logger = Namespace(
                 class_path="lightning.pytorch.loggers.TensorBoardLogger",
