@@ -45,6 +45,7 @@ _LATEX_ARGUMENT = r"(?:\{\s*(-?[\d.,]+)\s*\}|(\d))"
 _FRACTION = re.compile(rf"(?:(\d)\s?)?\\[dtc]?frac\s?{_LATEX_ARGUMENT}\s?{_LATEX_ARGUMENT}")
 _WRAPPER = re.compile(r"\\(?:boxed|fbox|framebox|text|textbf|textit|mathrm|mathbf|mathit|mbox)\s?\{([^{}]*)\}")
 _PLAIN = [  # LaTeX, markdown and currency signs to plain text, in this order
+    (re.compile(r"<<[^<>\n]{0,200}>>"), ""),  # GSM8K's calculator notes: 15*8 = <<15*8=120>>120
     (re.compile(r",\\!\s?|\{,\}"), ","),
     (re.compile(r"\\!|(?<=\d)\\,(?=\d{3})|\*\*|__|`|\\(?:left|right|displaystyle)\b|\\[()\[\]]"), ""),
     (re.compile(r"\\[,;: ]|\\q?quad\b|~"), " "),
@@ -56,7 +57,8 @@ _PLAIN = [  # LaTeX, markdown and currency signs to plain text, in this order
     (re.compile(r"\\?[$€£¥₹]"), " "),
 ]
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)\s?\{)|\\[{}]|[{}]")
-_PHRASE = re.compile(r"\banswer(?:\s?[:=]|\b[^\n.:=]{0,40}?\b(?:is|are)\b)[:\s]{0,5}", re.IGNORECASE)
+# Not "points/answer = 48", where the word belongs to a unit.
+_PHRASE = re.compile(r"(?<!/)\banswer(?:\s?[:=]|\b[^\n.:=]{0,40}?\b(?:is|are)\b)[:\s]{0,5}", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _OPERATOR = re.compile(r"\s?[-+*/^×·\\]")
 
@@ -89,6 +91,7 @@ def find_answer(completion: str, extraction: Sequence[Extraction] = EXTRACTIONS)
     ``####`` that a number follows (others are headings). ``phrase``: after "answer is" or "answer:".
     ``last_number``: the last number of the text, wherever it stands.
     """
+    plain = None  # made once, and only if needed
     for place in extraction:
         if place == "boxed":
             box = last_boxed(completion)
@@ -99,13 +102,15 @@ def find_answer(completion: str, extraction: Sequence[Extraction] = EXTRACTIONS)
             if found is not None:
                 return found
         elif place == "phrase":
-            plain = to_plain(completion)
+            plain = to_plain(completion) if plain is None else plain
             found = _last_readable(plain[match.end() : match.end() + 300] for match in _PHRASE.finditer(plain))
             if found is not None:
                 return found
         elif place == "last_number":
-            values = [_value(match) for match in _NUMBER.finditer(to_plain(completion))]
-            return values[-1] if values else None
+            last = None
+            for last in _NUMBER.finditer(to_plain(completion) if plain is None else plain):  # noqa: B007
+                pass
+            return None if last is None else _value(last)
         else:
             raise ValueError(f"extraction knows {EXTRACTIONS}, not {place!r}.")
     return None

@@ -84,6 +84,8 @@ def test_what_is_not_one_number_is_not_read(text: str) -> None:
         ("The answer is the sum of 1 and 2. Answer: 3, not 9", 3),
         ("the final answer is: -$1.50. Yes, 1", Fraction(-3, 2)),
         ("To give the answer as a percentage: 3 of 12 is 25% so 25", 25),
+        ("so the final answer is 15 gallons * 8 pints / gallon = <<15*8=120>>120 pints", 120),
+        ("24 correct answers * 2 points/answer = <<24*2=48>>48 points.\nIn total 48 + 16 = 64", 64),
         ("nothing here", None),
     ],
 )
@@ -295,10 +297,11 @@ def test_every_gold_solution_of_gsm8k_is_right_and_the_next_number_is_wrong(spli
         solution = problem["answer"]
         text, _, answer = solution.rpartition("####")
         wrong = f"#### {int(answer.replace(',', '')) + 1:,}"
-        styles = [solution, f"{text}The answer is ${answer.strip()}.", f"{text}\\boxed{{{answer}}}", f"{text}{answer}"]
-        for completion in styles:
-            assert reward.verify(completion, solution) == 1, completion
-            assert reward.verify(completion, wrong) == 0, completion
+        assert reward.verify(solution, solution) == 1, solution
+        assert reward.verify(solution, wrong) == 0, solution
+        for style in ("The answer is ${}.", "\\boxed{{{}}}", "{}"):
+            completion = text + style.format(answer.strip())
+            assert find_answer(completion) == int(answer.replace(",", "")), completion
 
 
 def test_every_gold_answer_of_svamp_and_amc_is_read() -> None:
