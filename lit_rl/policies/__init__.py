@@ -6,7 +6,14 @@ from lit_rl.policies.frozen import EMA, AdapterOff, Checkpoint, FrozenCopy, Froz
 from lit_rl.policies.head import selected_logprobs
 from lit_rl.policies.loading import LoRA, Policy, build_small_model, padded_vocab
 from lit_rl.policies.plan import MemoryPlan, memory_plan
-from lit_rl.policies.scoring import Head, completion_logprobs, find_head
+from lit_rl.policies.scoring import (
+    Head,
+    TokenStates,
+    completion_logprobs,
+    completion_states,
+    find_head,
+    token_logprobs,
+)
 
 __all__ = [
     "AdapterOff",
@@ -20,12 +27,15 @@ __all__ = [
     "MemoryPlan",
     "Policy",
     "Snapshot",
+    "TokenStates",
     "build_small_model",
     "completion_logprobs",
+    "completion_states",
     "export",
     "find_head",
     "memory_plan",
     "merge_adapter",
     "padded_vocab",
     "selected_logprobs",
+    "token_logprobs",
 ]

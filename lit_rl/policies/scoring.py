@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -159,6 +159,22 @@ def verify_head(model: nn.Module) -> None:
         )
 
 
+class TokenStates(NamedTuple):
+    """Hidden states that predict M tokens of N completions, in the order of ``wanted.nonzero()``.
+
+    Attributes:
+        hidden: ``[M, H]`` last hidden states after the final norm, each of the position before its token.
+        row: ``[M]`` int, the completion of each.
+        token: ``[M]`` int, the position of each in its completion.
+        head: what turns them into logits.
+    """
+
+    hidden: Tensor
+    row: Tensor
+    token: Tensor
+    head: Head
+
+
 def completion_logprobs(
     model: nn.Module,
     prompt_ids: Sequence[Tensor],
@@ -203,6 +219,46 @@ def completion_logprobs(
     Raises:
         ValueError: if a prompt is empty or shapes do not fit.
     """
+    states = completion_states(
+        model,
+        prompt_ids,
+        completion_ids,
+        completion_mask,
+        lengths,
+        prompt_index=prompt_index,
+        wanted=wanted,
+        pad_token_id=pad_token_id,
+        pad_to_multiple_of=pad_to_multiple_of,
+        model_inputs=model_inputs,
+    )
+    return token_logprobs(
+        states,
+        completion_ids,
+        temperature=temperature,
+        entropy=entropy,
+        vocab_size=vocab_size,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def completion_states(
+    model: nn.Module,
+    prompt_ids: Sequence[Tensor],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    lengths: Tensor,
+    *,
+    prompt_index: Tensor | None = None,
+    wanted: Tensor | None = None,
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int = 1,
+    model_inputs: Mapping[str, Any] | None = None,
+) -> TokenStates:
+    """The hidden states behind the wanted tokens: everything of `completion_logprobs` but the head.
+
+    Two models that score the same completions return states in the same order, whatever their prompts: that is what
+    divergences over the vocabulary are computed from. Arguments are those of `completion_logprobs`.
+    """
     bare = bare_model(model)
     if bare not in _verified:
         verify_head(bare)
@@ -215,10 +271,9 @@ def completion_logprobs(
     if completion_mask.shape != completion_ids.shape or lengths.shape != (n,):
         raise ValueError("completion_mask must be [N, T] like completion_ids, and lengths [N].")
     row, token = wanted.nonzero(as_tuple=True)  # [M]
-    out = completion_ids.new_zeros(n, width, dtype=torch.float32)
+    head = find_head(bare)
     if len(row) == 0:
-        out = out + _anchor(bare).to(out)
-        return out, out.clone() if entropy else None
+        return TokenStates(_no_states(bare), row, token, head)
     prompts = _Prompts.stack(prompt_ids, prompt_index, n, device)
     fed, row_of_batch = wanted.any(1).nonzero()[:, 0], wanted.any(1).cumsum(0) - 1
     needed = prompts.length + torch.where(wanted, torch.arange(1, width + 1, device=device), 0).amax(1) - 1  # [N]
@@ -229,8 +284,27 @@ def completion_logprobs(
         inputs["attention_mask"] = mask.long()
     hidden = _backbone(bare, ids, inputs)  # [N', S, H]
     at = row_of_batch[row] * ids.shape[1] + prompts.length[row] + token - 1  # the position before predicts a token
-    logprobs, entropies = find_head(bare).logprobs(
-        hidden.flatten(0, 1).index_select(0, at),
+    return TokenStates(hidden.flatten(0, 1).index_select(0, at), row, token, head)
+
+
+def token_logprobs(
+    states: TokenStates,
+    completion_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies (or None) of the tokens that some states predict, ``[N, T]``, 0 elsewhere."""
+    row, token = states.row, states.token
+    completion_ids = completion_ids.to(row.device)
+    out = completion_ids.new_zeros(completion_ids.shape, dtype=torch.float32)
+    if len(row) == 0:
+        out = out + states.hidden.sum().to(out)
+        return out, out.clone() if entropy else None
+    logprobs, entropies = states.head.logprobs(
+        states.hidden,
         completion_ids[row, token],
         temperature=temperature,
         entropy=entropy,
@@ -318,7 +392,9 @@ def _backbone(bare: Any, ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return bare.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
 
 
-def _anchor(model: nn.Module) -> Tensor:
-    """A zero that belongs to the graph of a trainable parameter, if there is one."""
-    trainable = next((p for p in model.parameters() if p.requires_grad), None)
-    return torch.zeros(()) if trainable is None else trainable.flatten()[:0].sum()
+def _no_states(bare: Any) -> Tensor:
+    """``[0, H]`` hidden states that belong to the graph of a trainable parameter, if there is one."""
+    width = getattr(bare.get_output_embeddings(), "in_features", bare.config.get_text_config().hidden_size)
+    trainable = next((p for p in bare.parameters() if p.requires_grad), None)
+    empty = torch.zeros(0, device=next(bare.parameters()).device) if trainable is None else trainable.flatten()[:0]
+    return empty.reshape(0, 1).expand(0, width)
