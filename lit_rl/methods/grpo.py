@@ -31,7 +31,7 @@ class GRPO(RLModule):
         kl_coef: coefficient of the KL term.
         entropy_coef: coefficient of the entropy bonus.
         sft_coef: coefficient of the likelihood of demonstrations and replayed text, where the sampler delivers any.
-        correction: off-policy correction between the sampler and π_old.
+        correction: off-policy correction between the sampler and π_old; default: what the sampler asks for.
         mask_truncated: leave completions that hit the token budget out of the loss (DAPO's overlong filtering).
         train_guides: also train completions of origin ``GUIDE`` (a guide checkpoint) and ``TEACHER``.
         kwargs: arguments of `RLModule`.
@@ -58,8 +58,9 @@ class GRPO(RLModule):
         self.aggregation = Aggregation(aggregation)
         self.kl, self.kl_coef = kl or KLPenalty(), kl_coef
         self.entropy_coef, self.sft_coef = entropy_coef, sft_coef
-        self.correction, self.mask_truncated, self.train_guides = correction, mask_truncated, train_guides
-        if not self.rewards:
+        self.correction = correction if correction is not None else self.sampler.loss_correction
+        self.mask_truncated, self.train_guides = mask_truncated, train_guides
+        if not self.rewards and "rewards" not in self.sampler.provides:
             raise ValueError(f"{type(self).__name__} learns from rewards: give at least one in `rewards`.")
         if self.advantage.center == "group" and self.group_size == 1:
             raise ValueError(

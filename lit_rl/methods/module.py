@@ -21,7 +21,7 @@ from lit_rl.methods.updating import UpdateStage
 from lit_rl.policies import FrozenPolicy, Policy, completion_logprobs
 from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import Reward, RewardInput, check_rewards, score_rewards
-from lit_rl.rollouts import Prompts, Rollouts
+from lit_rl.rollouts import Prompts, Rollouts, StopReason
 from lit_rl.samplers.base import RolloutRequest, RolloutSampler, Sampling
 from lit_rl.seeding import seed_everything_from
 
@@ -183,10 +183,11 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
 
     def plan(self, prompts: int) -> RolloutRequest:
         """Draw the next prompts of this rank (a collective call: the cursor moves by what all ranks draw)."""
-        counts = [int(n) for n in ranks.gather_ragged(torch.tensor([prompts], device=self.device))]
+        drawn = self.sampler.prompts_to_draw(prompts)
+        counts = [int(n) for n in ranks.gather_ragged(torch.tensor([drawn], device=self.device))]
         start = self.cursor + sum(counts[: ranks.rank()])
         self.cursor += sum(counts)
-        encoded = self.encode(self.stream.at(start, prompts), range(start, start + prompts))
+        encoded = self.encode(self.stream.at(start, drawn), range(start, start + drawn))
         return RolloutRequest.for_groups(
             encoded,
             self.group_size,
@@ -195,6 +196,7 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
             score=self.score,
             entropy=self.keep_entropy,
             should_stop=lambda progress: self.stop_requested(),
+            wanted=prompts,
         )
 
     def encode(self, records: list[dict[str, Any]], draws: Iterable[int]) -> Prompts:
@@ -207,6 +209,8 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
             return rollouts
         with self.ledger.timed("reward"):
             terms, weights = score_rewards(self.rewards, self.reward_input(rollouts))
+        failed = rollouts.row["stop_reason"].cpu() == StopReason.ERROR  # not scorable, whatever a reward makes of it
+        terms = {name: values.cpu().masked_fill(failed, math.nan) for name, values in terms.items()}
         for reward in self.rewards:
             rollouts.reward_terms[reward.name] = terms[reward.name].to(self.device)
             if reward.name not in rollouts.reward_weights:
@@ -319,6 +323,8 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
         for reward in self.rewards:
             for kind, count in reward.pop_failures().items():
                 self.ledger.total(f"reward/{reward.name}_{kind}", float(count))
+        for name, value in self.sampler.metrics(rollouts).items():
+            self.ledger.mean(f"sampler/{name}", torch.tensor([value]))
         numbers = self.ledger.reduce(self.device)
         self.log_step(numbers)
         self.last_rollouts = rollouts

@@ -115,7 +115,7 @@ class RunState:
         for term in self.loss_terms:
             for signal in term.requires:
                 wanted.setdefault(signal, []).append(f"the loss term {term.name!r}")
-        present = {"logprobs.sampler", "rewards", "lengths"}
+        present = {"logprobs.sampler", "rewards", "lengths", *self.sampler.provides}
         if self.keep_entropy:
             present.add("entropy")
         if any(r.verifier for r in self.rewards):
@@ -130,6 +130,7 @@ class RunState:
                 hint = hints.get(signal, f"register a provider in module.providers[{signal!r}]")
                 raise ValueError(f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.")
         self.required = [s for s in self.providers if s in wanted]
+        self.sampler.check_setup(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             check = getattr(callback, "check_setup", None)
             if check is not None:
@@ -206,11 +207,13 @@ class RunState:
     def boundary(self: RLModule) -> dict[str, Any]:
         """What a step may have changed by the time that it is interrupted."""
         callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
-        return {"cursor": self.cursor, "callbacks": {c.state_key: _clone(c.state_dict()) for c in callbacks}}
+        states = {c.state_key: _clone(c.state_dict()) for c in callbacks}
+        return {"cursor": self.cursor, "callbacks": states, "sampler": self.sampler.boundary()}
 
     def return_to(self: RLModule, boundary: dict[str, Any]) -> None:
         """Undo an interrupted step: it will be drawn again when the run is resumed."""
         self.cursor = boundary["cursor"]
+        self.sampler.return_to(boundary["sampler"])
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in boundary["callbacks"]:
                 callback.load_state_dict(boundary["callbacks"][callback.state_key])
@@ -298,6 +301,9 @@ class RunState:
         square = numbers.pop("_reward_square", None)
         if square is not None:
             numbers["reward/std"] = max(0.0, square - numbers["reward/mean"] ** 2) ** 0.5
+        weight_square = numbers.pop("_correction_square", None)
+        if weight_square is not None:  # effective sample share (Σw)² / (n Σw²)
+            numbers["policy/correction_ess"] = numbers["policy/correction_mean"] ** 2 / max(weight_square, 1e-300)
         seconds, tokens = numbers["time/step"], numbers.get("rollout/tokens", 0.0)
         numbers["speed/tokens_per_second"] = tokens / seconds
         numbers["policy/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]

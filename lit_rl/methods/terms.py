@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_rl import distributed as ranks
-from lit_rl.objectives import Aggregation, aggregation_weights, row_weights
+from lit_rl.objectives import Aggregation, aggregation_weights, mismatch_metrics, row_weights
 from lit_rl.rollouts import Origin, Rollouts
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ class Signals:
             old = self.sums[name]
             total, count = total + old[0], count + old[1]
         self.sums[name] = (total, count)
+
+    def ratio(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add to the quotient of two sums that is logged as ``name``."""
+        old = self.sums.get(name, (torch.zeros(()), torch.zeros(())))
+        self.sums[name] = (old[0].to(total) + total.detach(), old[1].to(count) + count)
 
     def largest(self, name: str, values: Tensor, where: Tensor) -> None:
         """Let the values at ``where`` compete for the maximum that is logged as ``name``."""
@@ -198,7 +203,10 @@ class PolicyTerm(TokenTerm):
         if self.correction is None:
             return loss.values
         weight = self.correction(batch.logprobs["sampler"], old.detach(), trained)
+        applied = mismatch_metrics(batch.logprobs["sampler"], old, trained, weight)
         signals.mean("policy/correction_mean", weight, trained)
+        signals.ratio("policy/correction_clipped", applied.clipped, applied.tokens)
+        signals.ratio("_correction_square", applied.weight_squared, applied.tokens)  # becomes policy/correction_ess
         if loss.values.dim() == 1:  # a sequence objective takes the mean weight of its tokens
             weight = torch.where(trained, weight, 0.0).sum(1) / trained.sum(1).clamp(min=1)
         return loss.values * weight

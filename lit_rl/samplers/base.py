@@ -7,12 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_rl.rollouts import Prompts, Rollouts, occurrence
+
+if TYPE_CHECKING:
+    from lit_rl.methods.module import RLModule
+    from lit_rl.objectives import OffPolicyCorrection
 
 
 @dataclass
@@ -80,6 +84,12 @@ class RolloutRequest:
             `StopReason.ABORTED`.
         score: scores rollouts with the module's own rewards, for samplers that select.
         entropy: ask for the entropy of the sampling distribution at each position (token signal ``entropy``).
+        wanted: groups that a training step needs. Then a sampler may return other prompts than the request's (drawn
+            earlier, or chosen among them), as long as it returns that many groups; with None it returns exactly what
+            was requested.
+        noise: how the noise of a position becomes a token: ``"uniform"`` by inverting the distribution function,
+            ``"gumbel"`` by the Gumbel-max trick, which makes two similar policies draw the same token most often. A
+            sampler that cannot do the latter raises ``ValueError``.
     """
 
     prompts: Prompts
@@ -92,6 +102,8 @@ class RolloutRequest:
     should_stop: Callable[[Progress], bool] | None = None
     score: Callable[[Rollouts], Rollouts] | None = None
     entropy: bool = True
+    wanted: int | None = None
+    noise: Literal["uniform", "gumbel"] = "uniform"
 
     def __len__(self) -> int:
         return len(self.group)
@@ -111,13 +123,31 @@ class RolloutSampler(ABC):
     The log-probabilities that a sampler returns (``logprobs.sampler``) are *processed*: after temperature and over the
     support that was sampled from. A sampler that shares the trainer's weights in its process sets ``in_process``: then
     the trainer may take them for its own where the support is full.
+
+    Attributes:
+        in_process: shares the trainer's weights (see above).
+        carries_over: holds prompts or completions from one step to the next.
+        continues_prefix: can continue the completions in ``RolloutRequest.prefix``.
+        provides: further signals in every batch, such as ``"rewards"`` where an environment gives them.
+        loss_correction: what the policy loss needs because of how this sampler works, if the method sets nothing.
     """
 
     in_process: bool = False
+    carries_over: bool = False
+    continues_prefix: bool = True
+    provides: frozenset[str] = frozenset()
+    loss_correction: OffPolicyCorrection | None = None
 
     def setup(self, model: torch.nn.Module, tokenizer: Any) -> None:
         """Called once before the first request, on every rank, with the policy on its device."""
         self.model, self.tokenizer = model, tokenizer
+
+    def check_setup(self, module: RLModule) -> None:  # noqa: B027
+        """Raise ``ValueError`` with a sentence if this sampler cannot work with the module's settings."""
+
+    def prompts_to_draw(self, wanted: int) -> int:
+        """How many new prompts a request needs so that ``wanted`` groups can be returned."""
+        return wanted
 
     @abstractmethod
     def submit(self, request: RolloutRequest) -> None:
@@ -140,6 +170,17 @@ class RolloutSampler(ABC):
 
     def on_rewind(self, model: torch.nn.Module) -> None:  # noqa: B027
         """The policy went back to earlier weights: forget in-flight work that belongs to the abandoned future."""
+
+    def boundary(self) -> Any:
+        """What the step that begins may change, kept in memory; cheap, and nothing is finished for it."""
+        return None
+
+    def return_to(self, boundary: Any) -> None:  # noqa: B027
+        """Undo a step that was interrupted: its prompts will be drawn again."""
+
+    def metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        """Numbers about the step that made this batch, logged as ``sampler/<name>`` (their mean over the ranks)."""
+        return {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
