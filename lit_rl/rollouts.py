@@ -182,11 +182,12 @@ class Batch:
         """``[N]``: the weighted sum of the reward terms. Derived, never stored.
 
         A term of weight 0 is left out even if NaN; any other NaN, or no term at all, makes the row not scorable (NaN).
+        A term without weights counts once.
         """
         total = torch.zeros(len(self), device=self.device)
         applied = torch.zeros(len(self), dtype=torch.bool, device=self.device)
         for name, values in self.reward_terms.items():
-            weight = self.reward_weights[name]
+            weight = self.reward_weights.get(name, torch.ones_like(values))
             total = total + torch.where(weight != 0, weight * values, 0.0)
             applied |= weight != 0
         return torch.where(applied, total, math.nan)
@@ -225,7 +226,11 @@ class Batch:
 
     @classmethod
     def cat(cls: type[BatchT], parts: Sequence[BatchT]) -> BatchT:
-        """Concatenate rows; groups and units stay apart, a signal that one part lacks is NaN (or 0) there."""
+        """Concatenate rows; groups and units stay apart.
+
+        A signal that one part lacks is NaN there if it is a float, else 0; reward weights, loss weights and advantages
+        are 0: a row without them is not scored and does not train.
+        """
         if len(parts) == 1:
             return parts[0]
         width = max(p.width for p in parts)
@@ -292,7 +297,8 @@ def _cat_columns(parts: list[dict[str, Tensor]], sizes: list[int], shape: tuple[
     out: dict[str, Tensor] = {}
     for name in names:
         like = next(p[name] for p in parts if name in p)
-        fill = math.nan if like.is_floating_point() and not shape and not name.startswith("reward_weights.") else 0
+        counts = name.startswith("reward_weights.") or name in ("loss_weights", "advantages")
+        fill = math.nan if like.is_floating_point() and not counts else 0
         out[name] = torch.cat(
             [p[name] if name in p else like.new_full((n, *shape), fill) for p, n in zip(parts, sizes)]
         )
