@@ -22,6 +22,7 @@ from lit_rl.rollouts import Origin, Rollouts
 
 if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
+    from lit_rl.policies import TokenStates
 
 
 @dataclass
@@ -58,10 +59,13 @@ class Current(NamedTuple):
     Attributes:
         logprobs: ``[N, T]`` with gradient, 0 where no term asked for it.
         entropy: ``[N, T]`` with gradient if a term trains it, else detached or None.
+        states: the hidden states behind the wanted tokens, with gradient, if a term needs them: for losses over the
+            whole vocabulary.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
+    states: TokenStates | None = None
 
 
 @dataclass
@@ -102,6 +106,7 @@ class Term(ABC):
     name: str
     requires: frozenset[str] = frozenset()
     needs_entropy: bool = False
+    needs_states: bool = False
 
     def __init__(self, coefficient: float | str = 1.0, origins: Iterable[Origin] | None = None) -> None:
         self._coefficient = coefficient
@@ -178,7 +183,7 @@ class PolicyTerm(TokenTerm):
         if not self.surrogate.selects_over_batch:
             return
         now, _ = module.policy_logprobs(mini, module.model)
-        old = self.old_logprobs(mini, Current(now, None))
+        old = self.anchor(mini, Current(now, None))
         trained = self.trained(mini) != 0
         width = int(ranks.all_max(torch.tensor(mini.width, device=mini.device)))
         gathered = [
@@ -197,7 +202,8 @@ class PolicyTerm(TokenTerm):
         trained = self.trained(batch) != 0
         old = self.old_logprobs(batch, current)
         extra = {"selected": batch.token["selected"]} if "selected" in batch.token else {}
-        loss = self.surrogate(current.logprobs, old, batch.advantages, trained, **extra)
+        advantages = self.credited(batch, current, signals)
+        loss = self.surrogate(current.logprobs, self.anchor(batch, current), advantages, trained, **extra)
         signals.mean("policy/clip_ratio", loss.clipped, trained)
         signals.largest("policy/ratio_max", loss.ratio, trained)
         if self.correction is None:
@@ -210,6 +216,14 @@ class PolicyTerm(TokenTerm):
         if loss.values.dim() == 1:  # a sequence objective takes the mean weight of its tokens
             weight = torch.where(trained, weight, 0.0).sum(1) / trained.sum(1).clamp(min=1)
         return loss.values * weight
+
+    def anchor(self, batch: Rollouts, current: Current) -> Tensor:
+        """``[N, T]``: the log-probabilities that the ratio is taken against. π_old; a subclass may choose another."""
+        return self.old_logprobs(batch, current)
+
+    def credited(self, batch: Rollouts, current: Current, signals: Signals) -> Tensor:
+        """``[N, T]``: what the surrogate takes as advantages. Those of the batch; a subclass may reweigh tokens."""
+        return batch.advantages
 
     @staticmethod
     def old_logprobs(batch: Rollouts, current: Current) -> Tensor:

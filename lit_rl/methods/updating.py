@@ -14,7 +14,7 @@ from lit_rl import distributed as ranks
 from lit_rl.hooks import callbacks_with, dispatch
 from lit_rl.methods.batching import micro_batches, mini_batches
 from lit_rl.methods.terms import Current, LossTerm
-from lit_rl.policies import completion_logprobs
+from lit_rl.policies import completion_states, token_logprobs
 from lit_rl.rollouts import Origin, Rollouts
 from lit_rl.storage import save_rollouts
 
@@ -97,7 +97,8 @@ class UpdateStage:
         wanted = torch.zeros_like(micro.completion_mask)
         for term in self.loss_terms:
             wanted |= term.trained(micro) != 0
-        current = self.current(micro, wanted, entropy=any(term.needs_entropy for term in self.loss_terms))
+        entropy = any(term.needs_entropy for term in self.loss_terms)
+        current = self.current(micro, wanted, entropy, states=any(term.needs_states for term in self.loss_terms))
         if first:
             self.record_mismatch(micro, current, wanted)
         terms = self.losses(micro, current, denominators)
@@ -107,19 +108,19 @@ class UpdateStage:
             self.ledger.total(f"loss/{loss_term.name}", loss_term.raw().detach())
         return sum((t.loss() for t in terms if float(t.coefficient) != 0), start=micro.loss_weights.new_zeros(()))
 
-    def current(self: RLModule, micro: Rollouts, wanted: Tensor, entropy: bool) -> Current:
-        """The policy's log-probabilities of a micro-batch, with gradient."""
-        logprobs, entropies = completion_logprobs(
+    def current(self: RLModule, micro: Rollouts, wanted: Tensor, entropy: bool, states: bool = False) -> Current:
+        """The policy's log-probabilities of a micro-batch, with gradient, and the hidden states if asked for."""
+        behind = completion_states(
             self.model,
             [micro.prompts.ids[g] for g in micro.group.tolist()],
             micro.completion_ids,
             micro.completion_mask,
             micro.lengths,
-            temperature=self.sampling.temperature or 1.0,
-            entropy=entropy,
             wanted=wanted,
         )
-        return Current(logprobs, entropies)
+        temperature = self.sampling.temperature or 1.0
+        logprobs, entropies = token_logprobs(behind, micro.completion_ids, temperature=temperature, entropy=entropy)
+        return Current(logprobs, entropies, behind if states else None)
 
     def losses(self: RLModule, micro: Rollouts, current: Current, denominators: tuple[Tensor, ...]) -> list[LossTerm]:
         """The named terms of one micro-batch."""
