@@ -24,7 +24,7 @@ from lit_rl.objectives.corrections import (
     rejection_mask,
 )
 from lit_rl.objectives.covariance import ClipCov, KLCov, predicted_entropy_change, token_covariance
-from lit_rl.objectives.divergences import KLPenalty, forward_kl, jsd, kl_estimate, reverse_kl
+from lit_rl.objectives.divergences import Divergence, KLPenalty, forward_kl, jsd, kl_estimate, reverse_kl
 from lit_rl.objectives.preferences import (
     PreferenceLoss,
     dpo_hinge,
@@ -50,6 +50,7 @@ from lit_rl.objectives.surrogates import (
 __all__ = [
     "CISPO",
     "DPPO",
+    "Divergence",
     "GMPO",
     "GSPO",
     "SAPO",

@@ -19,18 +19,22 @@ Estimator = Literal["k1", "k2", "k3"]
 
 _MAX_LOG_RATIO = 20.0  # e^20 is still far inside float32
 _MAX_K3 = 10.0  # bounds the pull of a single token, as in verl
+_SMALLEST_REST = 1e-7  # what 1 minus a sum of float32 probabilities can tell from 0
 
 
-def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: Estimator = "k3") -> Tensor:
+def kl_estimate(
+    logprobs: Tensor, other_logprobs: Tensor, estimator: Estimator = "k3", cap: float | None = _MAX_K3
+) -> Tensor:
     """Estimate of KL(policy || other) from the log-probabilities of tokens that the policy sampled.
 
     With ``u = other - policy``: k1 = -u (unbiased, high variance), k2 = u²/2 (biased, never negative),
-    k3 = e^u - 1 - u (unbiased, never negative). ``u`` is clamped to ±20 and k3 to 10.
+    k3 = e^u - 1 - u (unbiased, never negative). ``u`` is clamped to ±20 and k3 to ``cap``.
 
     Args:
         logprobs: log-probabilities under the policy, any shape.
         other_logprobs: log-probabilities under the other policy, the same shape.
         estimator: "k1", "k2" or "k3".
+        cap: largest value of k3, where the gradient ends; None for no bound.
 
     Returns:
         One estimate an entry, in nats.
@@ -44,7 +48,8 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: Estimator =
     if estimator == "k2":
         return u.square() / 2
     if estimator == "k3":
-        return (torch.expm1(u) - u).clamp(max=_MAX_K3)
+        k3 = torch.expm1(u) - u
+        return k3 if cap is None else k3.clamp(max=cap)
     raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}.")
 
 
@@ -70,11 +75,13 @@ class KLPenalty:
         estimator: the estimator that is reported.
         surrogate: the estimator that is differentiated.
         importance_weighted: correct for tokens that an older policy sampled; needs ``old_logprobs``.
+        cap: largest value of k3 of one token (verl: 10), where its gradient ends; None for no bound.
     """
 
     estimator: Estimator = "k3"
     surrogate: Literal["k1", "k2", "k3", "k3+"] = "k2"
     importance_weighted: bool = False
+    cap: float | None = _MAX_K3
 
     def __post_init__(self) -> None:
         if self.estimator not in ("k1", "k2", "k3"):
@@ -103,9 +110,9 @@ class KLPenalty:
         current, other = logprobs.masked_fill(~valid, 0.0), reference.detach().masked_fill(~valid, 0.0)
         if self.surrogate == "k3+":
             gradient = kl_estimate(current, other, "k2")
-            penalty = kl_estimate(current, other, "k3").detach() + gradient - gradient.detach()
+            penalty = kl_estimate(current, other, "k3", self.cap).detach() + gradient - gradient.detach()
         else:
-            penalty = kl_estimate(current, other, self.surrogate)
+            penalty = kl_estimate(current, other, self.surrogate, self.cap)
         if self.importance_weighted:
             if old_logprobs is None:
                 raise ValueError("importance_weighted=True needs old_logprobs: the policy that sampled the tokens.")
@@ -118,9 +125,8 @@ class KLPenalty:
     def report(self, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
         """The estimate to log, ``[N, T]`` in nats, without gradient; 0 outside the mask."""
         valid = mask.bool()
-        estimate = kl_estimate(
-            logprobs.masked_fill(~valid, 0.0), reference.masked_fill(~valid, 0.0), estimator=self.estimator
-        )
+        own, other = logprobs.masked_fill(~valid, 0.0), reference.masked_fill(~valid, 0.0)
+        estimate = kl_estimate(own, other, self.estimator, self.cap)
         return estimate.masked_fill(~valid, 0.0)
 
     def describe(self) -> str:
@@ -196,3 +202,122 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Sum of p (log p - log q), where a token with p = 0 adds nothing (0 log 0 = 0)."""
     probability = log_p.exp()
     return (probability * (log_p - log_q).masked_fill(probability == 0, 0.0)).sum(-1)
+
+
+Tail = Literal["bucket", "renormalize", "drop"]
+
+
+@dataclass
+class Divergence:
+    r"""How far the student's distribution p is from the teacher's q: ``D = sum_v f(p_v, q_v)`` over the vocabulary.
+
+    | beta | f | D |
+    | --- | --- | --- |
+    | 0 | q (log q - log p) | forward KL(q \|\| p): cover all that the teacher does |
+    | 1 | p (log p - log q) | reverse KL(p \|\| q): keep to what the teacher likes |
+    | between | beta q (log q - log m) + (1 - beta) p (log p - log m) | JSD, m = beta q + (1 - beta) p |
+
+    The family is that of GKD (arXiv 2306.13649). ``entry_clip`` bounds each summand f from above, as in On-Policy
+    Self-Distillation (arXiv 2601.18734, v3). The sum is then no divergence any more: it can be negative, and where the
+    largest summands are clipped its gradient can point *away* from the teacher. ``token_clip`` bounds the sum D
+    instead, and a token beyond it has no gradient.
+
+    Args:
+        beta: weight of the teacher in the mixture, in [0, 1].
+        entry_clip: largest value of one summand; None for no bound.
+        token_clip: largest value of D at one position; None for no bound.
+        top_k: look at the teacher's k most likely words only; None takes the whole vocabulary.
+        tail: what becomes of the other words with ``top_k``: ``"bucket"`` makes them one more outcome with all that is
+            left of both distributions, ``"renormalize"`` scales both to the k words (OPSD), ``"drop"`` leaves their
+            summands out and keeps the sum from falling below 0 (verl).
+    """
+
+    beta: float = 0.5
+    entry_clip: float | None = None
+    token_clip: float | None = None
+    top_k: int | None = None
+    tail: Tail = "bucket"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is the weight of the teacher in a mixture and must lie in [0, 1], got {self.beta}.")
+        for name in ("entry_clip", "token_clip"):
+            bound = getattr(self, name)
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name} must be positive, or None for no bound, got {bound}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {self.top_k}.")
+        if self.tail not in ("bucket", "renormalize", "drop"):
+            raise ValueError(f"tail must be 'bucket', 'renormalize' or 'drop', got {self.tail!r}.")
+
+    def entries(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """The summands f before any clipping, any shape."""
+        if self.beta == 0:
+            return log_q.exp() * (log_q - log_p)
+        if self.beta == 1:
+            return log_p.exp() * (log_p - log_q)
+        log_m = self._mixture(log_p, log_q)
+        return self.beta * log_q.exp() * (log_q - log_m) + (1 - self.beta) * log_p.exp() * (log_p - log_m)
+
+    def slopes(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Derivative of each unclipped summand in its own log p.
+
+        With ``a`` these slopes, the gradient of D in the student's logits is ``a_v - p_v sum_u a_u``.
+        """
+        if self.beta == 0:
+            return -log_q.exp()
+        if self.beta == 1:
+            return log_p.exp() * (log_p - log_q + 1)
+        return (1 - self.beta) * log_p.exp() * (log_p - self._mixture(log_p, log_q))
+
+    def _mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return torch.logaddexp(log_q + math.log(self.beta), log_p + math.log1p(-self.beta))
+
+    def total(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """D from the log-probabilities of all outcomes, ``[..., V] -> [...]``, differentiable in ``log_p``."""
+        values = self.entries(log_p, log_q)
+        if self.entry_clip is not None:
+            values = values.clamp(max=self.entry_clip)
+        return self.bounded(values.sum(-1))
+
+    def total_of_top(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """D from the log-probabilities of the teacher's k most likely words, ``[..., k] -> [...]``."""
+        if self.tail == "renormalize":
+            return self.total(log_p.log_softmax(-1), log_q.log_softmax(-1))
+        if self.tail == "bucket":
+            return self.total(_with_rest(log_p), _with_rest(log_q))
+        return self.total(log_p, log_q).clamp(min=0.0)
+
+    def bounded(self, totals: Tensor) -> Tensor:
+        """D within ``token_clip``."""
+        return totals if self.token_clip is None else totals.clamp(max=self.token_clip)
+
+    def of_logits(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """D from full logits, ``[..., V] -> [...]``: the plain form, for small vocabularies and as a reference.
+
+        `lit_rl.policies.divergence` computes the same from hidden states without ever holding the logits.
+        """
+        log_p, log_q = _log_softmax(student_logits), _log_softmax(teacher_logits.detach())
+        lowest = math.log(torch.finfo(log_p.dtype).tiny)  # excluded words (logit -inf): 0 * log 0 is 0
+        log_p, log_q = log_p.clamp(min=lowest), log_q.clamp(min=lowest)
+        if self.top_k is None or self.top_k >= log_q.shape[-1]:
+            return self.total(log_p, log_q)
+        log_q, top = log_q.topk(self.top_k, dim=-1)
+        return self.total_of_top(log_p.gather(-1, top), log_q)
+
+    def describe(self) -> str:
+        """The formula in one line, for the header of a run."""
+        name = {0.0: "KL(teacher || policy)", 1.0: "KL(policy || teacher)"}.get(
+            float(self.beta), f"JSD with weight {self.beta:g} of the teacher"
+        )
+        notes = [] if self.entry_clip is None else [f"each summand at most {self.entry_clip:g}"]
+        notes += [] if self.token_clip is None else [f"each token at most {self.token_clip:g}"]
+        tails = {"bucket": "the rest as one outcome", "renormalize": "renormalised", "drop": "the rest left out"}
+        notes += [] if self.top_k is None else [f"over the teacher's top {self.top_k}, {tails[self.tail]}"]
+        return ", ".join([name, *notes])
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """Log-probabilities ``[..., k]`` and of everything else, ``[..., k + 1]``."""
+    rest = 1 - log_p.exp().sum(-1, keepdim=True)
+    return torch.cat([log_p, rest.clamp(min=_SMALLEST_REST).log()], -1)
