@@ -4,20 +4,26 @@
 Any Lightning callback may implement any of the hooks below; `RolloutCallback` lists them with their meaning. They run
 in the order of ``trainer.callbacks``. The dispatcher compares every batch before and after each hook and records the
 difference in ``rollouts.edits``, so a callback that edits silently still shows up.
+
+Within a step: ``on_plan``, then in rounds ``on_rollout_request``, ``on_rollouts``, ``on_rewards``, ``on_collected``;
+then ``on_batch_ready``, ``on_advantages``; for each optimizer step ``on_loss_weights`` and for each of its micro-batches
+``on_micro_batch`` and ``on_loss_terms``; at the end ``on_metrics``. Lightning's own ``on_train_batch_end`` follows, when
+every callback has taken in the step: that is the place to save or rewind the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_rl.rollouts import Batch, Edit, Rollouts
 
 if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
-    from lit_rl.methods.terms import LossTerm
+    from lit_rl.methods.terms import Current, LossTerm
     from lit_rl.samplers.base import RolloutRequest
 
 ValueT = TypeVar("ValueT")
@@ -66,8 +72,24 @@ class RolloutCallback(Callback):
     def on_loss_weights(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> Rollouts | None:
         """Once for each optimizer step, with its whole mini-batch on this rank. Change ``loss_weights``."""
 
+    def on_micro_batch(self, trainer: Trainer, module: RLModule, micro: Rollouts, current: Current) -> None:
+        """With the policy's log-probabilities of a micro-batch, before its loss. Look and record, change nothing."""
+
     def on_loss_terms(self, trainer: Trainer, module: RLModule, terms: list[LossTerm]) -> None:
         """Before each backward pass of a micro-batch. Change coefficients, nothing else."""
+
+    def on_metrics(self, trainer: Trainer, module: RLModule, metrics: dict[str, float]) -> None:
+        """With everything that the step measured, the same on every rank, before the clocks advance.
+
+        Names that this step did not measure are absent. React here and keep what you remember in ``state_dict``: what
+        is saved or rewound in ``on_train_batch_end`` then includes it, whatever the order of the callbacks.
+        """
+
+    def on_rewind(self, trainer: Trainer, module: RLModule, step: int) -> None:
+        """After a run went back to rollout step ``step``: forget what belongs to the abandoned future.
+
+        Only needed with ``rewinds = False``; the state of the others was restored.
+        """
 
 
 HOOKS = tuple(name for name in vars(RolloutCallback) if name.startswith("on_"))
@@ -83,20 +105,46 @@ def dispatch(trainer: Trainer, module: LightningModule, hook: str, value: ValueT
         value: what the hook receives. A batch is compared before and after each callback.
     """
     for callback in callbacks_with(trainer, hook):
-        before = value.clone() if isinstance(value, Batch) else None
+        before, marks = (value.clone(), _marks(value)) if isinstance(value, Batch) else (None, {})
         result = getattr(callback, hook)(trainer, module, value)
         value = value if result is None else result
         if before is not None and isinstance(value, Batch):
-            value.edits += edits_of(hook, callback, before, value)
+            now = _marks(value)
+            untouched = {name for name, mark in marks.items() if mark.same_as(now.get(name))}
+            value.edits += edits_of(hook, callback, before, value, untouched)
     return value
 
 
-def edits_of(hook: str, callback: Callback, before: Batch, after: Batch) -> list[Edit]:
-    """What a callback changed: signals by name, or the rows if some were dropped or added."""
+def edits_of(hook: str, callback: Callback, before: Batch, after: Batch, untouched: Collection[str] = ()) -> list[Edit]:
+    """What a callback changed: signals by name, or the rows if some were dropped or added.
+
+    Args:
+        hook: in which hook.
+        callback: who.
+        before: a clone of the batch as it was.
+        after: the batch as it is.
+        untouched: signals that certainly did not change and need no comparison.
+    """
     name = type(callback).__name__
     if len(after) != len(before):
         return [Edit(hook, name, "rows", abs(len(after) - len(before)))]
-    return [Edit(hook, name, column, entries) for column, entries in after.diff(before).items()]
+    return [Edit(hook, name, column, entries) for column, entries in after.diff(before, untouched).items()]
+
+
+class _Mark(NamedTuple):
+    """A tensor and how often it had been written to: comparing marks is free, comparing batches takes milliseconds."""
+
+    tensor: Tensor
+    version: int
+
+    def same_as(self, other: _Mark | None) -> bool:
+        return other is not None and self.tensor is other.tensor and self.version == other.version >= 0
+
+
+def _marks(batch: Batch) -> dict[str, _Mark]:
+    signals = {**batch.row, **batch.token}
+    # Inference tensors have no version: never the same.
+    return {name: _Mark(t, -1 if t.is_inference() else t._version) for name, t in signals.items()}
 
 
 def callbacks_with(trainer: Trainer, hook: str) -> list[Any]:

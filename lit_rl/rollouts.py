@@ -10,7 +10,7 @@ once over these dictionaries, so a new signal is a new name and never a new fiel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
@@ -276,11 +276,18 @@ class Batch:
             edits=list(self.edits),
         )
 
-    def diff(self, before: Batch) -> dict[str, int]:
-        """Names of the signals that differ from ``before`` and in how many entries (all, where shapes differ)."""
+    def diff(self, before: Batch, skip: Collection[str] = ()) -> dict[str, int]:
+        """Names of the signals that differ from ``before`` and in how many entries (all, where shapes differ).
+
+        Args:
+            before: the batch to compare with.
+            skip: signals that are not compared.
+        """
         changed: dict[str, int] = {}
         for mine, theirs in ((self.row, before.row), (self.token, before.token)):
             for name in dict.fromkeys([*mine, *theirs]):
+                if name in skip:
+                    continue
                 new, old = mine.get(name), theirs.get(name)
                 if new is None or old is None or new.shape != old.shape:
                     entries = max(0 if x is None else x.numel() for x in (new, old))

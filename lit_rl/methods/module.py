@@ -327,9 +327,16 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
             self.ledger.mean(f"sampler/{name}", torch.tensor([value]))
         numbers = self.ledger.reduce(self.device)
         self.log_step(numbers)
+        for callback in callbacks_with(self.trainer, "on_metrics"):
+            callback.on_metrics(self.trainer, self, numbers)
         self.last_rollouts = rollouts
         self.clock += 1
         self.rollout_step += 1
+        if self.reference is not None:
+            self.reference.refresh(self.model, self.rollout_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The run ends here, after the callbacks: one of them may have rewound it."""
         if self.rollout_step >= self.max_rollouts:
             self.trainer.should_stop = True
 

@@ -101,6 +101,8 @@ class UpdateStage:
         current = self.current(micro, wanted, entropy, states=any(term.needs_states for term in self.loss_terms))
         if first:
             self.record_mismatch(micro, current, wanted)
+        for callback in callbacks_with(self.trainer, "on_micro_batch"):
+            callback.on_micro_batch(self.trainer, self, micro, current)
         terms = self.losses(micro, current, denominators)
         for callback in callbacks_with(self.trainer, "on_loss_terms"):
             callback.on_loss_terms(self.trainer, self, terms)
