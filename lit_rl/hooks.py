@@ -6,9 +6,9 @@ in the order of ``trainer.callbacks``. The dispatcher compares every batch befor
 difference in ``rollouts.edits``, so a callback that edits silently still shows up.
 
 Within a step: ``on_plan``, then in rounds ``on_rollout_request``, ``on_rollouts``, ``on_rewards``, ``on_collected``;
-then ``on_batch_ready``, ``on_advantages``; for each optimizer step ``on_loss_weights`` and for each of its micro-batches
-``on_micro_batch`` and ``on_loss_terms``; at the end ``on_metrics``. Lightning's own ``on_train_batch_end`` follows, when
-every callback has taken in the step: that is the place to save or rewind the run.
+then ``on_batch_ready`` and ``on_advantages``; for each optimizer step ``on_loss_weights`` and for each of its
+micro-batches ``on_micro_batch`` and ``on_loss_terms``; at the end ``on_metrics``. Lightning's own
+``on_train_batch_end`` follows, when every callback has taken the step in: the place to save or rewind the run.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class FrozenPolicy(ABC):
             live: the policy being trained. While inside it must not be trained or sampled from.
         """
 
-    def refresh(self, model: nn.Module, clock: int) -> None:  # noqa: B027
-        """Called with the policy after each training step; ``clock`` counts the steps so far. Most kinds ignore it."""
+    def refresh(self, model: nn.Module, step: int) -> None:  # noqa: B027
+        """Called with the policy after each rollout step; ``step`` counts them so far. Most kinds ignore it."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class FrozenCopy(FrozenPolicy):
 
     def __init__(self) -> None:
         self.copy: Any = None
-        self.taken_at = 0  # clock of the weights
+        self.taken_at = 0  # rollout step of the weights
         self._wrapped = False
         self._checksum: str | None = None  # of the weights at hand, computed when asked for
         self._pending: Mapping[str, Any] | None = None
@@ -162,20 +162,27 @@ class FrozenCopy(FrozenPolicy):
         return {name: tensor.detach().clone() for name, tensor in self._own_weights().items()}
 
     @torch.no_grad()
-    def take(self, model: nn.Module, clock: int) -> None:
-        """Make the current weights of ``model`` this policy's."""
+    def take(self, model: nn.Module, step: int, share: float = 1.0) -> None:
+        """Make the weights of ``model`` this policy's.
+
+        Args:
+            model: a policy with parameters of the same names and shapes.
+            step: rollout step, for the identity.
+            share: of the new weights; the rest remains of the old ones.
+        """
         self._own_model()
         live = dict(model.named_parameters())
         for name, tensor in self._own_weights().items():
-            tensor.copy_(live[name])
-        self.taken_at, self._checksum = clock, None
+            wide = _wide(tensor.dtype)
+            tensor.copy_(torch.lerp(tensor.to(wide), live[name].to(tensor.device, wide), share))
+        self.taken_at, self._checksum = step, None
 
 
 class Snapshot(FrozenCopy):
     """The policy as it was some steps ago.
 
     Args:
-        every: take new weights whenever the clock is a multiple of this; None: only when a callback calls ``take``.
+        every: take new weights whenever the rollout step is a multiple of this; None: only when a callback does.
     """
 
     kind = "snapshot"
@@ -186,9 +193,9 @@ class Snapshot(FrozenCopy):
         super().__init__()
         self.every = every
 
-    def refresh(self, model: nn.Module, clock: int) -> None:
-        if self.every is not None and clock % self.every == 0:
-            self.take(model, clock)
+    def refresh(self, model: nn.Module, step: int) -> None:
+        if self.every is not None and step % self.every == 0:
+            self.take(model, step)
 
     def state_dict(self) -> dict[str, Any]:
         return FrozenPolicy.state_dict(self) | {"weights": self._copied_weights()}
@@ -223,16 +230,16 @@ class EMA(Snapshot):
         self.average = {name: tensor.to(device) for name, tensor in self.average.items()}
 
     @torch.no_grad()
-    def refresh(self, model: nn.Module, clock: int) -> None:
+    def refresh(self, model: nn.Module, step: int) -> None:
         if self.updates == 0:
-            self.take(model, clock)
+            self.take(model, step)
             self._start_average()
         else:
             live, own = dict(model.named_parameters()), self._own_weights()
             for name, average in self.average.items():
                 average.lerp_(live[name].to(average.dtype), 1 - self.decay)
                 own[name].copy_(average)
-        self.updates, self.taken_at, self._checksum = self.updates + 1, clock, None
+        self.updates, self.taken_at, self._checksum = self.updates + 1, step, None
 
     def _start_average(self) -> None:
         self.average = {name: t.to(_wide(t.dtype), copy=True) for name, t in self._own_weights().items()}
