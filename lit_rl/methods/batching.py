@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lit_rl.rollouts import Rollouts
+
+# A pass of a small model on a CPU takes as long as about a hundred of its tokens; an accelerator needs some thousands
+# of tokens before launching kernels is not what takes the time.
+_PASS_TOKENS = {"cpu": 128}
 
 
 def mini_batches(rollouts: Rollouts, updates: int) -> list[Rollouts]:
@@ -27,12 +33,16 @@ def sequence_lengths(rollouts: Rollouts) -> Tensor:
     return prompts[rollouts.group.cpu()] + rollouts.lengths.cpu()
 
 
-def micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Tensor]:
+def micro_batches(rollouts: Rollouts, max_tokens: int, pass_tokens: int | None = None) -> list[Tensor]:
     """Row indices of micro-batches: sorted by length, at most ``max_tokens`` padded tokens each, units kept whole.
+
+    Among all such splits the one with the least work is taken: padded tokens, plus a fixed price for each pass. So a
+    batch with a few long rows is not padded to their length as a whole, even where it would fit.
 
     Args:
         rollouts: the rows to split.
         max_tokens: bound on rows × longest row. A unit that is larger on its own becomes a micro-batch of its own.
+        pass_tokens: what a forward and backward pass costs beside its tokens, in tokens; default by kind of device.
 
     Returns:
         Int tensors that together hold every row once; the longest rows come first, so that running out of memory
@@ -40,22 +50,40 @@ def micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Tensor]:
     """
     if len(rollouts) == 0:
         return []
+    price = pass_tokens if pass_tokens is not None else _PASS_TOKENS.get(rollouts.device.type, 2048)
     lengths = sequence_lengths(rollouts)
     units, unit_of = torch.unique(rollouts.unit.cpu(), return_inverse=True)
     unit_longest = torch.zeros(len(units), dtype=torch.long).scatter_reduce(0, unit_of, lengths, "amax")
     unit_rows = torch.bincount(unit_of, minlength=len(units))
     order = torch.argsort(unit_longest, descending=True, stable=True)
+    ends = _cheapest_cuts(unit_rows[order].numpy(), unit_longest[order].numpy(), max_tokens, price)
     rank = torch.empty_like(order)
-    parts: list[int] = []
-    part, rows, longest = 0, 0, 0
-    for position, u in enumerate(order.tolist()):
-        rank[u] = position
-        n = int(unit_rows[u])
-        if rows and (rows + n) * longest > max_tokens:
-            part, rows, longest = part + 1, 0, 0
-        longest = max(longest, int(unit_longest[u]))
-        rows += n
-        parts.append(part)
+    rank[order] = torch.arange(len(order))
     row_order = torch.argsort(rank[unit_of], stable=True)
-    part_of_row = torch.tensor(parts)[rank[unit_of]][row_order]
-    return list(torch.split(row_order, torch.bincount(part_of_row).tolist()))
+    rows_before = torch.cat([torch.zeros(1, dtype=torch.long), unit_rows[order].cumsum(0)])
+    return list(torch.split(row_order, rows_before[[0, *ends]].diff().tolist()))
+
+
+def _cheapest_cuts(rows: Any, longest: Any, max_tokens: int, price: int) -> list[int]:
+    """Ends of the parts of a sequence of units that cost least, by dynamic programming.
+
+    Args:
+        rows: ``[U]`` numpy array, rows of each unit.
+        longest: ``[U]`` numpy array, longest row of each unit, in descending order.
+        max_tokens: bound on a part's rows × longest row, unless it is a single unit.
+        price: cost of a part beside its rows × longest row.
+    """
+    import numpy as np
+
+    before = np.concatenate([[0], np.cumsum(rows)])
+    least, start = np.zeros(len(rows) + 1), np.zeros(len(rows) + 1, dtype=int)  # cost of the first j units; last cut
+    for j in range(1, len(rows) + 1):
+        tokens = (before[j] - before[:j]) * longest[:j]  # of a last part that starts at unit i and ends before j
+        cost = least[:j] + tokens
+        cost[:-1][tokens[:-1] > max_tokens] = np.inf
+        start[j] = cost.argmin()
+        least[j] = cost[start[j]] + price
+    ends = [len(rows)]
+    while start[ends[-1]]:
+        ends.append(int(start[ends[-1]]))
+    return ends[::-1]

@@ -41,3 +41,34 @@ def test_mini_batches_deal_groups_out_in_turn():
     first, second = mini_batches(rollouts, 2)
     assert [first.prompts.text, second.prompts.text] == [["p0", "p2"], ["p1", "p3"]]
     assert len(first) == len(second) == 4
+
+
+def naive_cost(total: list[int], budget: int, price: int) -> int:
+    """Least cost over every way to cut the sorted rows."""
+    total = sorted(total, reverse=True)
+    costs = []
+    for cuts in range(2 ** (len(total) - 1)):
+        ends = [i + 1 for i in range(len(total) - 1) if cuts >> i & 1] + [len(total)]
+        parts = [total[a:b] for a, b in zip([0, *ends], ends)]
+        if all(len(p) == 1 or len(p) * p[0] <= budget for p in parts):
+            costs.append(sum(len(p) * p[0] + price for p in parts))
+    return min(costs)
+
+
+@pytest.mark.parametrize("budget", [12, 40, 1000])
+@pytest.mark.parametrize("price", [0, 5, 30, 1000])
+def test_no_other_split_costs_less(budget: int, price: int):
+    for seed in range(5):
+        lengths = torch.randint(0, 30, (8,), generator=torch.Generator().manual_seed(seed)).tolist()
+        rollouts = make_rollouts(lengths, [0] * 8)
+        total = sequence_lengths(rollouts)
+        parts = micro_batches(rollouts, budget, price)
+        cost = sum(len(rows) * int(total[rows].max()) + price for rows in parts)
+        assert cost == naive_cost(total.tolist(), budget, price)
+
+
+def test_a_few_long_rows_are_kept_apart_from_many_short_ones():
+    rollouts = make_rollouts([900, 20, 21, 19, 800] + [20] * 40, [0] * 45)
+    parts = [rows.tolist() for rows in micro_batches(rollouts, 10**6)]
+    assert parts[0] == [0, 4]
+    assert len(parts) == 2
