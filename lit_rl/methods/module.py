@@ -138,7 +138,8 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
 
     def describe(self) -> list[str]:
         """The effective algorithm, one line a part, for the run header."""
-        return [f"loss: {term.name} = {term.describe()}" for term in self.terms()]
+        factors = [(term, term.coefficient(self)) for term in self.terms()]
+        return [f"loss: {'' if c == 1 else f'{c:g} × '}{term.name} = {term.describe()}" for term, c in factors]
 
     # The step ------------------------------------------------------------------------------------------------------
 
