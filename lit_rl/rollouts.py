@@ -405,6 +405,11 @@ class Rollouts(Batch):
         return self.row["origin"]
 
     @property
+    def sampled(self) -> Tensor:
+        """``[N]`` bool: rows that a model wrote in this run; not demonstrations and replayed text."""
+        return (self.origin != Origin.DEMONSTRATION) & (self.origin != Origin.REPLAY)
+
+    @property
     def correct(self) -> Tensor:  # [N], NaN = not scorable
         return self.row["correct"]
 

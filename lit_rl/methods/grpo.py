@@ -91,9 +91,7 @@ class GRPO(RLModule):
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
         """``[N, T]``: one advantage a completion, on every token that counts."""
-        rewards = rollouts.rewards
-        demonstration = (rollouts.origin == Origin.DEMONSTRATION) | (rollouts.origin == Origin.REPLAY)
-        rewards = torch.where(demonstration, torch.nan, rewards)  # not sampled: neither baseline nor advantage
+        rewards = torch.where(rollouts.sampled, rollouts.rewards, torch.nan)  # others: neither baseline nor advantage
         kept = rollouts.kept_mask()
         per_row = self.advantage(rewards, rollouts.group, weights=kept, all_reduce=ranks.all_sum)
         return torch.where(kept, per_row[:, None], 0.0).float()
