@@ -7,6 +7,13 @@ from typing import Any
 _EXPORTS = {
     "ArithmeticDataModule": "arithmetic",
     "ArithmeticDemonstrations": "arithmetic",
+    "EvalSource": "sources",
+    "GSM8KDataModule": "gsm8k",
+    "MATHDataModule": "math",
+    "MixtureDataModule": "mixture",
+    "ReasoningGymDataModule": "reasoning_gym",
+    "Source": "sources",
+    "TextDataModule": "text",
 }
 
 __all__ = list(_EXPORTS)

@@ -141,7 +141,8 @@ class ListStream(PromptStream):
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = digest("list", list(self.records), self.seed, self.shuffle, self.source)
+            parts = [digest(record) for record in self.records]
+            self._fingerprint = digest("list", parts, self.seed, self.shuffle, self.source)
         return self._fingerprint
 
 
@@ -212,9 +213,7 @@ class MixedStream(PromptStream):
     def draw(self, index: int) -> Record:
         block, position = divmod(index, self.block)
         name, inner = self.schedule(block)[position]
-        record = self.sources[name].draw(inner)
-        # Two sources may number their prompts alike: the identity includes the source.
-        return {**record, "uid": mix_seeds(name, record["uid"]), "source": name}
+        return relabel(self.sources[name].draw(inner), name)
 
     def columns(self) -> set[str]:
         """Columns that every source has; a reward that needs another one must name its ``sources``."""
@@ -223,6 +222,32 @@ class MixedStream(PromptStream):
     def fingerprint(self) -> str:
         parts = {name: stream.fingerprint() for name, stream in self.sources.items()}
         return digest("mixed", parts, self.counts, self.seed)
+
+
+class RelabelledStream(PromptStream):
+    """A stream whose records carry another source name: an evaluation set under the name it has in a mixture.
+
+    Args:
+        stream: the records.
+        source: their new name.
+    """
+
+    def __init__(self, stream: PromptStream, source: str) -> None:
+        self.stream, self.source, self.size = stream, source, stream.size
+
+    def draw(self, index: int) -> Record:
+        return relabel(self.stream.draw(index), self.source)
+
+    def columns(self) -> set[str]:
+        return self.stream.columns()
+
+    def fingerprint(self) -> str:
+        return digest("relabelled", self.stream.fingerprint(), self.source)
+
+
+def relabel(record: Record, source: str) -> Record:
+    """A record of a mixture. Two sources may number their prompts alike: the identity includes the source."""
+    return {**record, "uid": mix_seeds(source, record["uid"]), "source": source}
 
 
 def check_weights(sources: Mapping[str, Any], weights: Mapping[str, float] | None) -> None:
@@ -400,6 +425,11 @@ class PromptDataModule(LightningDataModule):
     @train_stream.setter
     def train_stream(self, stream: PromptStream) -> None:
         self._train_stream = stream
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is training data, once it is built."""
+        return self._train_stream is not None
 
     def train_dataloader(self) -> Ticker:
         return Ticker()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lit_rl.rewards.base import Reward, RewardExample, RewardInput, RewardSelfTestError, RewardSetupError
     from lit_rl.rewards.combine import check_rewards, score_rewards, verdict, weighted_sum
     from lit_rl.rewards.function import FunctionReward
+    from lit_rl.rewards.gym import ReasoningGymReward
     from lit_rl.rewards.math import MathReward
     from lit_rl.rewards.model import RewardModelReward
     from lit_rl.rewards.pool import Outcome, VerifierPool
@@ -26,6 +27,7 @@ _EXPORTS = {
     "Outcome": "pool",
     "OverlongReward": "text",
     "PerRowReward": "rows",
+    "ReasoningGymReward": "gym",
     "RepetitionReward": "text",
     "Reward": "base",
     "RewardExample": "base",
@@ -49,6 +51,7 @@ __all__ = [
     "Outcome",
     "OverlongReward",
     "PerRowReward",
+    "ReasoningGymReward",
     "RepetitionReward",
     "Reward",
     "RewardExample",
