@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a claim is: configurations, arms, metrics and a sentence; and how a metric is read from a finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+Read = Callable[[Path], float]
+Overrides = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """How the policy that every arm starts from is made; cached by a hash of exactly this and of the named files."""
+
+    configs: Sequence[str] = ("configs/quickstart-warmup.yaml",)
+    overrides: Overrides = field(default_factory=dict)
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: configuration files over the claim's own, and single values over those."""
+
+    name: str
+    configs: Sequence[str] = ()
+    overrides: Overrides = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a finished run, and which direction is good."""
+
+    label: str
+    read: Read
+    better: Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that runs over several seeds can support or refute.
+
+    Attributes:
+        name: file name of the results.
+        title: heading.
+        sentence: what is claimed, as the paper or card claims it.
+        source: the paper.
+        warm_start: the policy that all arms start from.
+        configs: files that all arms share.
+        overrides: single values that all arms share.
+        arms: the first is the baseline.
+        metrics: what is compared.
+        curves: logged names to plot against the clock.
+        setup: what the task is and why it can show the effect, for the report.
+        seeds: paired over the arms.
+        extra: writes further figures and text about the finished runs (see `report`).
+    """
+
+    name: str
+    title: str
+    sentence: str
+    source: str
+    arms: Sequence[Arm]
+    metrics: Sequence[Metric]
+    curves: Sequence[str]
+    setup: str
+    warm_start: WarmStart = WarmStart()
+    configs: Sequence[str] = ("configs/quickstart.yaml",)
+    overrides: Overrides = field(default_factory=dict)
+    seeds: Sequence[int] = (1, 2, 3, 4, 5)
+    extra: Callable[[Any], str] | None = None
+
+
+def fingerprint(configs: Sequence[str], *rest: Any) -> str:
+    """Eight digits that change with the contents of the files or with anything else that decides a run."""
+    texts = [Path(path).read_text() for path in configs]
+    plain = [asdict(x) if isinstance(x, WarmStart) else dict(x) if isinstance(x, Mapping) else x for x in rest]
+    return hashlib.sha256(json.dumps([texts, plain], sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+@lru_cache(maxsize=256)
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Everything that a run logged: name -> (clock, value) in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def series(run: Path, name: str) -> list[tuple[int, float]]:
+    """One logged name; ``KeyError`` with what there is if it was never logged."""
+    logged = scalars(run)
+    if name not in logged:
+        raise KeyError(f"{run} never logged {name!r}; it has {sorted(logged)}")
+    return logged[name]
+
+
+def at_end(name: str, over: int = 1) -> Read:
+    """Mean of the last ``over`` logged values."""
+    return lambda run: statistics.fmean(value for _, value in series(run, name)[-over:])
+
+
+def total(name: str) -> Read:
+    """Sum over the run: tokens, seconds."""
+    return lambda run: sum(value for _, value in series(run, name))
+
+
+def largest(name: str) -> Read:
+    """The best value that was ever logged."""
+    return lambda run: max(value for _, value in series(run, name))
+
+
+def reached(name: str, value: float, cost: str | None = None) -> Read:
+    """How much it took until ``name`` first reached ``value``: training steps, or the sum of ``cost`` until then.
+
+    Infinity for a run that never got there.
+    """
+
+    def read(run: Path) -> float:
+        clock = next((c for c, v in series(run, name) if v >= value), None)
+        if clock is None:
+            return float("inf")
+        return float(clock) if cost is None else sum(v for c, v in series(run, cost) if c < clock)
+
+    return read
