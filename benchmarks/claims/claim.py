@@ -117,16 +117,27 @@ def largest(name: str) -> Read:
     return lambda run: max(value for _, value in series(run, name))
 
 
-def reached(name: str, value: float, cost: str | None = None) -> Read:
-    """How much it took until ``name`` first reached ``value``: training steps, or the sum of ``cost`` until then.
+def smallest(name: str) -> Read:
+    """The worst value that was ever logged."""
+    return lambda run: min(value for _, value in series(run, name))
 
-    Infinity for a run that never got there.
+
+def reached(name: str, value: float, cost: str | None = None, clock: str | None = None) -> Read:
+    """How much it took until ``name`` first reached ``value``. Infinity for a run that never got there.
+
+    Args:
+        name: logged name.
+        value: the goal.
+        cost: sum of this logged name until then, instead of training steps.
+        clock: value of this logged name at that time, instead of training steps.
     """
 
     def read(run: Path) -> float:
-        clock = next((c for c, v in series(run, name) if v >= value), None)
-        if clock is None:
+        when = next((c for c, v in series(run, name) if v >= value), None)
+        if when is None:
             return float("inf")
-        return float(clock) if cost is None else sum(v for c, v in series(run, cost) if c < clock)
+        if clock is not None:
+            return [v for c, v in series(run, clock) if c <= when][-1]
+        return float(when) if cost is None else sum(v for c, v in series(run, cost) if c < when)
 
     return read

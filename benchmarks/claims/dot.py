@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from benchmarks.claims.claim import Arm, Claim, Metric, WarmStart, at_end, total
-from benchmarks.claims.report import Results
+from benchmarks.claims.forced_length import forced_length_section
+from benchmarks.claims.report import Results, cell, compare
 
 CLAIM = Claim(
     name="dot",
@@ -12,8 +13,8 @@ CLAIM = Claim(
     sentence="Cutting the longest completions of fully solved groups shortens completions at equal or better accuracy, "
     "while under a few percent of the completions are cut.",
     source="arXiv 2601.03969",
-    setup="The teacher of the warm start is careful but long-winded: 85 % of its first passes are right, and after each "
-    "pass another follows with probability 0.6 although it is rarely needed. Plain GRPO has no reason to drop the "
+    setup="The teacher of the warm start is careful but long-winded: 85 % of its first passes are right, and after "
+    "each pass another follows with probability 0.6 although it is rarely needed. Plain GRPO has no reason to drop the "
     "redundant passes. G = 16, so that the largest possible z-score is 3.75.",
     warm_start=WarmStart(
         overrides={
@@ -39,9 +40,13 @@ CLAIM = Claim(
         Metric("generated tokens, whole run", total("rollout/tokens"), "lower"),
     ],
     curves=["val/pass@1", "val/length_mean", "rollout/length_mean"],
+    extra=forced_length_section,
 )
 
 
 def verdict(results: Results) -> str:
     """What the numbers say."""
-    return ""
+    length = compare(results, "grpo", "dot", "tokens a held-out completion at the end")
+    accuracy = compare(results, "grpo", "dot", "held-out pass@1 at the end")
+    cut = cell([100 * at_end("dot/truncated", over=10**9)(run) for run in results.runs["dot"]])
+    return f"Length: {length}. Accuracy: {accuracy}. Share of completions that were cut: {cut} %."

@@ -66,6 +66,14 @@ def accuracy_by_passes(folder: Path, passes: Sequence[int] = (0, 1, 2, 3), probl
     return found
 
 
+def forced_length_section(results: Any) -> str:
+    """For a claim about length: the curve of the policy that its arms start from."""
+    curve = as_table(accuracy_by_passes(results.policy))
+    return (
+        f"Answering too shortly costs accuracy here. The warm-started policy, made to answer after k passes:\n\n{curve}"
+    )
+
+
 def as_table(found: Sequence[dict[str, Any]]) -> str:
     """The curve as a table."""
     lines = ["| forced passes | held-out accuracy | tokens a completion |", "|---|---|---|"]

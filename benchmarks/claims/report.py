@@ -74,6 +74,12 @@ def difference(baseline: Sequence[float], method: Sequence[float], better: str) 
     return f"**{mean:+.3g} ± {half:.2g}**, {'better' if (mean > 0) == (better == 'higher') else 'worse'}"
 
 
+def compare(results: Results, baseline: str, method: str, label: str) -> str:
+    """One metric of two arms in words."""
+    better = next(m.better for m in results.claim.metrics if m.label == label)
+    return difference(results.values(baseline, label), results.values(method, label), better)
+
+
 def table(results: Results) -> str:
     """One row a metric: every arm's mean and interval, and its paired difference to the baseline."""
     first, *others = (arm.name for arm in results.claim.arms)

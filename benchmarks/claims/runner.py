@@ -78,6 +78,7 @@ def run_arm(claim: Claim, arm: Arm, seed: int, policy: Path) -> Path:
     }
     start = time.perf_counter()
     words = as_words([*claim.configs, *arm.configs], claim.overrides, arm.overrides, own)
+    words = [word.replace("{seed}", str(seed)) for word in words]
     lit_rl(folder / "log.txt", 1, "fit", *words)
     done.write_text(json.dumps({"seconds": time.perf_counter() - start}))
     print(f"  {arm.name:<16} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
