@@ -292,6 +292,10 @@ class Divergence:
         """D within ``token_clip``."""
         return totals if self.token_clip is None else totals.clamp(max=self.token_clip)
 
+    def beyond(self, totals: Tensor) -> Tensor:
+        """Where D has left ``token_clip``, so that the token has no gradient."""
+        return totals > (math.inf if self.token_clip is None else self.token_clip)
+
     def of_logits(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """D from full logits, ``[..., V] -> [...]``: the plain form, for small vocabularies and as a reference.
 

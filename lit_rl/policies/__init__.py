@@ -14,6 +14,7 @@ from lit_rl.policies.scoring import (
     find_head,
     token_logprobs,
 )
+from lit_rl.policies.teacher import PrivilegedPrompt, Teacher
 
 __all__ = [
     "AdapterOff",
@@ -26,7 +27,9 @@ __all__ = [
     "LoRA",
     "MemoryPlan",
     "Policy",
+    "PrivilegedPrompt",
     "Snapshot",
+    "Teacher",
     "TokenStates",
     "build_small_model",
     "completion_logprobs",

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers: frozen policies that score what the student wrote, under a prompt of their own if need be.
+
+What a teacher is made of is exchangeable: `Checkpoint` is another model, `FrozenCopy` or `AdapterOff` the policy as it
+was, `Snapshot` and `EMA` follow it, `Live` is the policy itself. With a `PrivilegedPrompt` each of them sees what the
+student must not see.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl.policies.frozen import Checkpoint, FrozenCopy, FrozenPolicy
+from lit_rl.policies.scoring import find_head
+
+if TYPE_CHECKING:
+    from lit_rl.prompts import PromptEncoder
+    from lit_rl.rollouts import Prompts
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+SOLUTION_TEMPLATE = """{prompt}
+
+Here is a reference solution to this problem:
+{solution}
+
+Understand the solution, then derive the answer once more in your own words, in the format asked for above."""
+
+
+class PrivilegedPrompt:
+    """What a teacher is shown instead of the student's prompt: the prompt, and something out of the dataset.
+
+    ``{name}`` stands for a column; other braces, such as those of ``\\boxed{}``, are left alone. For a conversation,
+    ``{prompt}`` stands for the last user message, which the filled template replaces.
+
+    Args:
+        template: text with ``{prompt}`` and the names of the columns to show, such as ``{solution}`` or ``{answer}``.
+        missing: what to do with a prompt of which a column is empty: ``"error"``, or ``"plain"``: it is shown to the
+            teacher as the student sees it.
+        max_tokens: budget of the teacher's prompt; None: no limit. The student's budget does not apply.
+        chat_template_kwargs: further arguments of the chat template, for the teacher only, such as
+            ``{"enable_thinking": true}``.
+
+    Raises:
+        ValueError: the template lacks ``{prompt}`` or any column.
+    """
+
+    def __init__(
+        self,
+        template: str = SOLUTION_TEMPLATE,
+        missing: Literal["error", "plain"] = "error",
+        max_tokens: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.fields = tuple(dict.fromkeys(_FIELD.findall(template)))
+        if "prompt" not in self.fields or len(self.fields) == 1:
+            raise ValueError(
+                "The template of a PrivilegedPrompt needs {prompt} and at least one column to show, such as "
+                f"{{solution}}; it has {list(self.fields)}."
+            )
+        if missing not in ("error", "plain"):
+            raise ValueError(f"missing must be 'error' or 'plain', got {missing!r}.")
+        self.template, self.missing, self.max_tokens = template, missing, max_tokens
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template shows."""
+        return tuple(name for name in self.fields if name != "prompt")
+
+    def check_columns(self, available: set[str]) -> None:
+        """Raise ``ValueError`` if the data lacks a column."""
+        for name in self.columns:
+            if name not in available:
+                raise ValueError(
+                    f"The teacher's prompt shows the column {name!r}, but the data has only {sorted(available)}: "
+                    "name the right column in the template."
+                )
+
+    def fill(self, prompt: str, values: dict[str, Any]) -> str:
+        """The template with its fields replaced; what is filled in is not searched for fields again."""
+        fields = {**values, "prompt": prompt}
+        return _FIELD.sub(lambda match: str(fields[match[1]]), self.template)
+
+    def record(self, record: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a record of the dataset with the prompt that the teacher sees.
+
+        Args:
+            record: the record, with ``prompt`` as text or messages.
+            values: the columns to show.
+
+        Raises:
+            ValueError: a column is empty and ``missing`` is ``"error"``.
+        """
+        empty = [name for name in self.columns if values.get(name) is None]
+        if empty:
+            if self.missing == "plain":
+                return record
+            raise ValueError(
+                f"The teacher's prompt shows the column {empty[0]!r}, which is empty for uid {record.get('uid')}: "
+                "filter such records out, or set missing='plain' to show the teacher the student's prompt there."
+            )
+        prompt = record["prompt"]
+        if isinstance(prompt, str):
+            return {**record, "prompt": self.fill(prompt, values)}
+        messages = [dict(m) for m in prompt]
+        last = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
+        last["content"] = self.fill(last["content"], values)
+        return {**record, "prompt": messages}
+
+    def encode(self, encoder: PromptEncoder, records: Sequence[dict[str, Any]], prompts: Prompts) -> list[Tensor]:
+        """Token ids of the teacher's prompts.
+
+        Args:
+            encoder: the student's encoder; budget and arguments of the chat template are this object's.
+            records: the B records that the prompts were encoded from.
+            prompts: the B prompts; their columns are what is shown, so that callbacks can change them.
+        """
+        own = copy.copy(encoder)
+        own.max_prompt_tokens, own.overlong = self.max_tokens, "error"
+        own.chat_template_kwargs = {**encoder.chat_template_kwargs, **self.chat_template_kwargs}
+        shown = [
+            self.record(record, {name: prompts.columns.get(name, [None] * len(prompts))[i] for name in self.columns})
+            for i, record in enumerate(records)
+        ]
+        return own.encode(shown, prompts.draw.tolist()).ids
+
+
+class Teacher:
+    """A frozen policy that scores the student's completions.
+
+    Args:
+        policy: whose probabilities are asked for.
+        prompt: what it sees instead of the student's prompt; None: the same.
+        sources: data sources (``Prompts.source``) that it teaches; None: all. With several teachers each prompt goes to
+            the first one that teaches its source.
+        offload: keep the weights on the CPU while they are not used. For a `Checkpoint`, or the `FrozenCopy` of a
+            policy that is trained in full.
+
+    Raises:
+        ValueError: ``offload`` for a policy that has no weights to move.
+    """
+
+    def __init__(
+        self,
+        policy: FrozenPolicy,
+        prompt: PrivilegedPrompt | None = None,
+        sources: list[str] | None = None,
+        offload: bool = False,
+    ) -> None:
+        quantised = isinstance(policy, Checkpoint) and policy.policy.quantization != "none"
+        if offload and (type(policy) not in (Checkpoint, FrozenCopy) or quantised):
+            raise ValueError(
+                f"offload moves the weights of another model; {type(policy).__name__} "
+                f"{'is quantised and stays where it was loaded' if quantised else 'follows or is the policy itself'}."
+            )
+        self.policy, self.prompt, self.offload = policy, prompt, offload
+        self.sources = None if sources is None else list(sources)
+
+    def setup(self, model: nn.Module, tokenizer: Any) -> None:
+        """Take what is needed of the untrained policy, and check that both speak the same language.
+
+        Raises:
+            ValueError: vocabularies differ, or ``offload`` would move weights that the policy shares.
+        """
+        self.policy.setup(model)
+        with self.policy.model(model) as own:
+            if own is model:
+                return
+            check_same_vocabulary(model, tokenizer, own, getattr(self.policy, "tokenizer", None))
+            shared = {id(p) for p in model.parameters()} & {id(p) for p in own.parameters()}
+        if self.offload and shared:
+            raise ValueError("offload=True would move weights that the teacher shares with the policy: leave it out.")
+
+    def to(self, device: torch.device | str) -> None:
+        """Move own weights, unless they wait on the CPU."""
+        self.policy.to("cpu" if self.offload else device)
+
+    @contextmanager
+    def model(self, live: nn.Module) -> Iterator[nn.Module]:
+        """The model to score with, on the device of ``live``, in evaluation mode and without gradients."""
+        if self.offload:
+            self.policy.to(next(live.parameters()).device)
+        try:
+            with self.policy.model(live) as model:
+                yield model
+        finally:
+            if self.offload:
+                self.policy.to("cpu")
+
+    def describe(self) -> str:
+        """One line for the run header."""
+        kind = type(self.policy).__name__
+        path = f"({self.policy.policy.path})" if isinstance(self.policy, Checkpoint) else ""
+        shown = f", shown {', '.join(self.prompt.columns)}" if self.prompt is not None else ""
+        taught = f", for {', '.join(self.sources)}" if self.sources is not None else ""
+        return f"{kind}{path}{shown}{taught}"
+
+
+def assign(teachers: Sequence[Teacher], prompts: Prompts) -> Tensor:
+    """``[B]`` int: the first teacher that teaches the source of each prompt, -1 where none does."""
+    at = [
+        next((i for i, t in enumerate(teachers) if t.sources is None or source in t.sources), -1)
+        for source in prompts.source
+    ]
+    return torch.tensor(at, dtype=torch.long)
+
+
+def common_vocabulary(first: nn.Module, second: nn.Module) -> int:
+    """Rows that two heads have in common: families pad their heads to different multiples."""
+    return min(find_head(first).vocab_size, find_head(second).vocab_size)
+
+
+def check_same_vocabulary(student: nn.Module, tokenizer: Any, teacher: nn.Module, teacher_tokenizer: Any) -> int:
+    """Token ids must mean the same to both models; only the padding rows of their heads may differ.
+
+    Args:
+        student: the policy.
+        tokenizer: its tokenizer.
+        teacher: the teacher's model.
+        teacher_tokenizer: its tokenizer; None if it is a copy of the policy.
+
+    Returns:
+        The number of rows that both heads have.
+
+    Raises:
+        ValueError: an id stands for two different tokens, or one of the heads is shorter than the vocabulary.
+    """
+    mine = tokenizer.get_vocab()
+    theirs = mine if teacher_tokenizer is None else teacher_tokenizer.get_vocab()
+    if mine != theirs:
+        differing = next(token for token in {**mine, **theirs} if mine.get(token) != theirs.get(token))
+        raise ValueError(
+            f"The teacher's vocabulary is not the policy's: {differing!r} has the id {theirs.get(differing)} there and "
+            f"{mine.get(differing)} here ({len(theirs)} and {len(mine)} tokens). Probabilities of tokens can only be "
+            "compared between models of one tokenizer: choose a teacher of the same family."
+        )
+    common = common_vocabulary(student, teacher)
+    if common <= max(mine.values()):
+        raise ValueError(
+            f"The tokenizer has ids up to {max(mine.values())}, but one of the two heads has only {common} rows: use "
+            "models whose heads hold the whole vocabulary."
+        )
+    return common
