@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from lit_rl.checkpoint import last_good_checkpoint
 
-
-def export(run: str, output: str, checkpoint: str | None = None, merge: bool = False, force: bool = False) -> None:
+def export(run: str, output: str, checkpoint: str = "last", merge: bool = False, force: bool = False) -> None:
     """Write the policy of a run as a folder in hub format, ready for ``from_pretrained``, vLLM or another run.
 
     Args:
         run: the run's directory (it holds ``config.yaml`` and ``checkpoints``).
         output: the folder to write.
-        checkpoint: a checkpoint file; default: the newest intact one of the run.
+        checkpoint: a checkpoint file, ``last`` (the newest intact one of the run) or ``best``.
         merge: merge a LoRA adapter into its base weights instead of writing the adapter alone.
         force: merge even into a 4-bit base, which rounds the weights.
     """
@@ -26,12 +25,36 @@ def export(run: str, output: str, checkpoint: str | None = None, merge: bool = F
     print(f"Wrote {output}")
 
 
-def load_trained(run: str | Path, checkpoint: str | None = None) -> tuple[Any, Any]:
+def replay(run: str, clock: int | None = None, tolerance: float = 1e-6) -> None:
+    """Recompute the loss terms of a logged step from its stored batch, and compare.
+
+    The weights are those of the checkpoint just before the step; if it is gone, the run is trained forward to the step
+    from an earlier one, and this is said. Exits with status 1 if a term differs.
+
+    Args:
+        run: the run's directory.
+        clock: which step, the x-axis of its logs; without it the steps that can be replayed are listed.
+        tolerance: largest difference of a term, relative to its logged value where that is larger than 1.
+    """
+    from lit_rl.analysis.replay import available
+    from lit_rl.analysis.replay import replay as recompute
+
+    if clock is None:
+        print(available(Path(run)))
+        return
+    result = recompute(run, clock)
+    print(result)
+    if not result.error <= tolerance:
+        print(f"The largest difference {result.error:.3g} exceeds the tolerance of {tolerance:g}.")
+        sys.exit(1)
+
+
+def load_trained(run: str | Path, checkpoint: str = "last") -> tuple[Any, Any]:
     """The policy of a run with the weights of one of its checkpoints.
 
     Args:
         run: the run's directory.
-        checkpoint: a checkpoint file; default: the newest intact one.
+        checkpoint: a checkpoint file, ``last`` or ``best``.
 
     Returns:
         Model and tokenizer.
@@ -41,10 +64,10 @@ def load_trained(run: str | Path, checkpoint: str | None = None) -> tuple[Any, A
     """
     import torch
 
+    from lit_rl.lightning_cli import resolve_checkpoint
+
     run = Path(run)
-    path = Path(checkpoint) if checkpoint else last_good_checkpoint(run)
-    if path is None:
-        raise FileNotFoundError(f"No intact checkpoint below {run}: train first, or name one with --checkpoint.")
+    path = resolve_checkpoint(run, checkpoint, required=True) if checkpoint in ("last", "best") else checkpoint
     model, tokenizer = configured_policy(run).load()
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}

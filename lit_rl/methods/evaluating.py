@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_rl.distributed import union_of_names
 from lit_rl.metrics.generation import GenerationMetrics
+from lit_rl.predictions import prediction_rows
 from lit_rl.rollouts import Rollouts
 from lit_rl.samplers.base import RolloutRequest
 from lit_rl.seeding import mix_seeds
-from lit_rl.storage import readable_rows
 
 if TYPE_CHECKING:
     from lit_rl.data import EvalSet
@@ -20,7 +23,14 @@ if TYPE_CHECKING:
 
 
 class Evaluation:
-    """Everything of an `RLModule` that does not train."""
+    """Everything of an `RLModule` that does not train.
+
+    Logged are ``val/<metric>`` (the mean over the evaluation sets), with several sets ``val/<set>/<metric>``, and for
+    each source of a set that mixes several ``val/<source>/<metric>`` (or ``val/<set>/<source>/<metric>``).
+    """
+
+    metrics: dict[tuple[int, str], GenerationMetrics]  # by index of the set, and source ("": all of them)
+    evaluation: dict[str, float]  # what the last evaluation logged
 
     def on_validation_start(self: RLModule) -> None:
         self.begin_evaluation()
@@ -32,10 +42,9 @@ class Evaluation:
         self.begin_evaluation()
 
     def begin_evaluation(self: RLModule) -> None:
-        """Fresh metrics, one for each evaluation set."""
+        """Fresh metrics."""
         self.prepare_run()
-        majority = any(hasattr(r, "answers") for r in self.rewards if r.verifier)
-        self.metrics = [GenerationMetrics(s.samples, majority).to(self.device) for s in self.data.eval_sets]
+        self.metrics = {}
 
     def validation_step(self: RLModule, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.measure(batch, dataloader_idx)
@@ -46,16 +55,28 @@ class Evaluation:
     def predict_step(
         self: RLModule, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
-        """One dictionary a completion: prompt, completion, scores. `lit-rl predict` writes them to jsonl."""
+        """One dictionary a completion, see `prediction_rows`. `lit-rl predict` writes them to jsonl."""
         rollouts = self.generate(batch, self.data.eval_sets[dataloader_idx])
-        return readable_rows(rollouts, self.tokenizer.batch_decode(rollouts.completions(), skip_special_tokens=True))
+        return prediction_rows(rollouts, self.tokenizer.batch_decode(rollouts.completions(), skip_special_tokens=True))
 
     def measure(self: RLModule, batch: dict[str, Any], index: int) -> None:
-        """Sample and score one batch of an evaluation set and add it to the set's metrics."""
+        """Sample and score one batch of an evaluation set, and add it to the metrics of the set and of its sources."""
         rollouts = self.generate(batch, self.data.eval_sets[index])
-        verifier: Any = next((r for r in self.rewards if r.verifier), None)
-        answers = verifier.answers(self.reward_input(rollouts)) if hasattr(verifier, "answers") else None
-        self.metrics[index].update(rollouts, answers)
+        verifier = next((r for r in self.rewards if r.verifier), None)
+        answers = None if verifier is None else verifier.answers(self.reward_input(rollouts))
+        self.metric(index).update(rollouts, answers)
+        source_of_row = [rollouts.prompts.source[g] for g in rollouts.group.tolist()]
+        for source in dict.fromkeys(source_of_row):
+            rows = [i for i, s in enumerate(source_of_row) if s == source]
+            part = rollouts.select(torch.tensor(rows, device=rollouts.device))
+            self.metric(index, source).update(part, _at(answers, rows))
+
+    def metric(self: RLModule, index: int, source: str = "") -> GenerationMetrics:
+        """The metrics of an evaluation set, or of one source in it."""
+        if (index, source) not in self.metrics:
+            fresh = GenerationMetrics(self.data.eval_sets[index].samples)
+            self.metrics[index, source] = fresh.to(self.device)
+        return self.metrics[index, source]
 
     def generate(self: RLModule, batch: dict[str, Any], eval_set: EvalSet) -> Rollouts:
         """Completions for one batch of an evaluation set, scored."""
@@ -76,19 +97,36 @@ class Evaluation:
         self.report_evaluation("test")
 
     def report_evaluation(self: RLModule, prefix: str) -> None:
-        """Log each set under its name where there are several, and the mean over sets."""
-        if self.agree_to_stop():
-            return  # completions were cut short: no number is better than a wrong one
-        results = [m.compute() for m in self.metrics]
+        """Log what was measured, the same numbers on every rank."""
+        numbers = self.evaluation_numbers(prefix)
+        if self.agree_to_stop():  # completions were cut short: no number is better than a wrong one
+            unknown = {k: math.nan for k in numbers if k not in self.trainer.callback_metrics}
+            self.log_dict(unknown, logger=False)  # or callbacks that monitor them would complain
+            return
+        self.evaluation = numbers
+        self.log_dict({k: v for k, v in numbers.items() if k == f"{prefix}/pass@1"}, prog_bar=True)
+        self.log_dict({k: v for k, v in numbers.items() if k != f"{prefix}/pass@1"})
+
+    def evaluation_numbers(self: RLModule, prefix: str) -> dict[str, float]:
+        """Everything that the metrics know, over all ranks: log name -> value."""
         sets = self.data.eval_sets
-        numbers: dict[str, torch.Tensor] = {}
-        if len(sets) > 1:
-            for eval_set, result in zip(sets, results):
-                numbers |= {f"{prefix}/{eval_set.name}/{k}": v for k, v in result.items()}
-        for name in dict.fromkeys(k for r in results for k in r):
-            values = torch.stack([r[name] for r in results if name in r])
-            numbers[f"{prefix}/{name}"] = values.nanmean()
-        self.evaluation = {k: float(v) for k, v in numbers.items()}
-        main = {k: v for k, v in numbers.items() if k == f"{prefix}/pass@1"}
-        self.log_dict(main, prog_bar=True, rank_zero_only=False)
-        self.log_dict({k: v for k, v in numbers.items() if k not in main})
+        # A rank may not have met every source, but all must take part in every reduction, in the same order.
+        names = [n.split("|", 1) for n in sorted(union_of_names(f"{i}|{source}" for i, source in self.metrics))]
+        results = {(int(i), s): self.metric(int(i), s).compute() for i, s in names}
+        numbers: dict[str, float] = {}
+        wholes = [results[i, ""] for i in range(len(sets)) if (i, "") in results]
+        for name in dict.fromkeys(k for r in wholes for k in r):
+            numbers[f"{prefix}/{name}"] = float(torch.stack([r[name] for r in wholes if name in r]).nanmean())
+        for (i, source), result in results.items():
+            label = [sets[i].name] if len(sets) > 1 else []
+            mixed = sum(1 for j, s in results if j == i and s) > 1
+            if source and not mixed:
+                continue
+            label += [source] if source else []
+            if label:
+                numbers |= {"/".join([prefix, *label, k]): float(v) for k, v in result.items()}
+        return numbers
+
+
+def _at(answers: Sequence[Hashable | None] | None, rows: list[int]) -> list[Hashable | None] | None:
+    return None if answers is None else [answers[i] for i in rows]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -13,35 +12,42 @@ from torchmetrics import Metric
 from lit_rl.metrics.passk import majority_correct, pass_at_k
 from lit_rl.rollouts import Rollouts, StopReason
 
+COUNTS = ("prompts", "voted", "majority", "rows", "tokens", "truncated", "unscorable", "reward", "scored")
+
 
 class GenerationMetrics(Metric):
-    """pass@1, unbiased pass@k, maj@k, length and truncated share over prompts with several completions each.
+    """pass@k, maj@k, length and truncated share over prompts with several completions each.
+
+    A prompt whose completions are not scorable is left out of pass@k and maj@k; one with fewer than k scorable
+    completions is left out of pass@k for that k.
 
     Args:
-        samples: completions of each prompt. pass@k is computed for the powers of two up to it.
-        majority: also compute maj@k (`update` then needs ``answers``).
+        samples: completions of each prompt. pass@k is computed for the powers of two up to it, maj@k for k = samples.
     """
 
     full_state_update = False
 
-    passed: Tensor
-    prompts_at: Tensor
-    majority_sum: Tensor
-    prompts: Tensor
+    passed: Tensor  # [K] sums of pass@k over prompts
+    tried: Tensor  # [K] prompts in them
+    prompts: Tensor  # with at least one scorable completion
+    voted: Tensor  # of these, prompts whose answers were given
+    majority: Tensor  # sum of maj@k over them
+    rows: Tensor
     tokens: Tensor
     truncated: Tensor
-    reward: Tensor
-    scored: Tensor
     unscorable: Tensor
-    rows: Tensor
+    reward: Tensor  # sum over the scored rows
+    scored: Tensor
 
-    def __init__(self, samples: int = 1, majority: bool = False) -> None:
+    def __init__(self, samples: int = 1) -> None:
         super().__init__()
-        self.samples, self.majority = samples, majority
-        self.ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-        self.add_state("passed", torch.zeros(len(self.ks), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts_at", torch.zeros(len(self.ks), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("majority_sum", "prompts", "tokens", "truncated", "reward", "scored", "unscorable", "rows"):
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}.")
+        self.samples = samples
+        self.ks = [2**i for i in range(samples.bit_length())]
+        for name in ("passed", "tried"):
+            self.add_state(name, torch.zeros(len(self.ks), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in COUNTS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, rollouts: Rollouts, answers: Sequence[Hashable | None] | None = None) -> None:
@@ -49,40 +55,41 @@ class GenerationMetrics(Metric):
 
         Args:
             rollouts: N completions with ``correct`` and reward terms.
-            answers: N extracted answers, for maj@k.
+            answers: N extracted answers for maj@k, None where a completion gave none; None if nobody can extract them.
         """
-        correct = rollouts.correct.cpu()
+        correct, rewards = rollouts.correct.cpu(), rollouts.rewards
         self.rows += len(rollouts)
-        self.tokens += rollouts.generated.sum().double()
-        self.truncated += (rollouts.row["stop_reason"] == StopReason.LENGTH).sum().double()
-        self.unscorable += torch.isnan(correct).sum().double()
-        rewards = rollouts.rewards
-        self.reward += torch.nan_to_num(rewards).sum().double()
-        self.scored += (~torch.isnan(rewards)).sum().double()
-        group = rollouts.group.cpu()
-        for g in range(len(rollouts.prompts)):
-            rows = ((group == g) & ~torch.isnan(correct)).nonzero()[:, 0].tolist()
-            self._add_prompt([float(correct[i]) for i in rows], None if answers is None else [answers[i] for i in rows])
+        self.tokens += rollouts.generated.sum()
+        self.truncated += (rollouts.row["stop_reason"] == StopReason.LENGTH).sum()
+        self.unscorable += torch.isnan(correct).sum().to(self.unscorable.device)
+        self.reward += torch.nan_to_num(rewards).double().sum()
+        self.scored += (~torch.isnan(rewards)).sum()
+        rows_of: list[list[int]] = [[] for _ in range(len(rollouts.prompts))]
+        scorable = (~torch.isnan(correct)).tolist()
+        for i, g in enumerate(rollouts.group.tolist()):
+            if scorable[i]:
+                rows_of[g].append(i)
+        verdicts = (correct > 0.5).tolist()
+        for rows in filter(None, rows_of):
+            self._add_prompt([verdicts[i] for i in rows], None if answers is None else [answers[i] for i in rows])
 
-    def _add_prompt(self, verdicts: list[float], answers: list[Hashable | None] | None) -> None:
-        if not verdicts:
-            return
-        right = sum(v > 0.5 for v in verdicts)
+    def _add_prompt(self, verdicts: list[bool], answers: list[Hashable | None] | None) -> None:
         self.prompts += 1
         for i, k in enumerate(self.ks):
             if k <= len(verdicts):
-                self.passed[i] += pass_at_k(len(verdicts), right, k)
-                self.prompts_at[i] += 1
+                self.passed[i] += pass_at_k(len(verdicts), sum(verdicts), k)
+                self.tried[i] += 1
         if answers is not None:
-            self.majority_sum += majority_correct(answers, verdicts)
+            self.voted += 1
+            self.majority += majority_correct(answers, verdicts)
 
     def compute(self) -> dict[str, Tensor]:
-        """Names without prefix -> scalars. NaN where nothing could be scored."""
-        out = {f"pass@{k}": self.passed[i] / self.prompts_at[i] for i, k in enumerate(self.ks)}
-        if self.majority and self.samples > 1:
-            out[f"maj@{self.samples}"] = self.majority_sum / self.prompts
+        """Scalars by name, without prefix; NaN where nothing could be scored."""
+        out = {f"pass@{k}": self.passed[i] / self.tried[i] for i, k in enumerate(self.ks)}
+        if self.samples > 1 and self.voted:
+            out[f"maj@{self.samples}"] = self.majority / self.voted
         out["reward_mean"] = self.reward / self.scored
         out["length_mean"] = self.tokens / self.rows
         out["truncated_ratio"] = self.truncated / self.rows
         out["unscorable_ratio"] = self.unscorable / self.rows
-        return {k: v.float() if v.numel() else torch.tensor(math.nan) for k, v in out.items()}
+        return {name: value.float() for name, value in out.items()}

@@ -30,7 +30,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def majority_correct(answers: Sequence[Hashable | None], correct: Sequence[float]) -> float:
-    """maj@n of one prompt: is the most frequent answer correct? A tie counts in proportion.
+    """maj@n of one prompt: is the most frequent answer right? A tie counts in proportion.
+
+    Right answers vote together however they are written; wrong ones vote for what they say.
 
     Args:
         answers: the answer of each completion, None where it gave none (those do not vote).
@@ -39,15 +41,15 @@ def majority_correct(answers: Sequence[Hashable | None], correct: Sequence[float
     Returns:
         Between 0 and 1; 0 if no completion gave an answer.
 
-    >>> majority_correct(["7", "7", "3"], [1.0, 1.0, 0.0])
+    >>> majority_correct(["7", "7.0", "3"], [1.0, 1.0, 0.0])
     1.0
     >>> majority_correct(["7", "3"], [1.0, 0.0])
     0.5
     """
-    votes = Counter(a for a in answers if a is not None)
+    right = object()
+    votes = Counter(right if c else a for a, c in zip(answers, correct) if a is not None)
     if not votes:
         return 0.0
     most = max(votes.values())
-    winners = [a for a, n in votes.items() if n == most]
-    verdict = {a: c for a, c in zip(answers, correct) if a is not None}
-    return sum(verdict[a] for a in winners) / len(winners)
+    winners = [answer for answer, n in votes.items() if n == most]
+    return float(right in winners) / len(winners)

@@ -9,7 +9,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +178,13 @@ class Reward(ABC):
         """``[N]`` bool on the CPU: rows whose source this reward scores."""
         sources = self.sources
         return torch.tensor([sources is None or source in sources for source in batch.source], dtype=torch.bool)
+
+    def answers(self, batch: RewardInput) -> Sequence[Hashable | None] | None:
+        """What each completion answers, for majority votes: equal values for equal answers, None for no answer.
+
+        None instead of a list: this reward knows no answers, and there is no maj@k.
+        """
+        return None
 
     def known_examples(self) -> Sequence[RewardExample]:
         """Completions whose value is known, for `self_test`; none by default."""

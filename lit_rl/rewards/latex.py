@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
-from lit_rl.rewards.numeric import last_boxed
+from lit_rl.rewards.numeric import last_boxed, read_number
 
 _ADVICE = 'MathReward(backend="math_verify") needs the package math-verify: pip install "lit-rl[math]".'
 
@@ -44,6 +45,21 @@ def match_latex(completion: str, answer: Any, *, same_text: bool = True) -> floa
         return None
     found = parse(completion if box is None else rf"\boxed{{{box}}}", extraction_config=config, parsing_timeout=None)
     return float(bool(found) and verify(gold, found, timeout_seconds=None, raise_on_error=True))
+
+
+def last_answer(completion: str) -> Hashable | None:
+    r"""What stands in the last ``\boxed{}``, for majority votes: a number, or text without spaces.
+
+    No parsing here: ways to write one expression count as different answers, unless they are numbers.
+
+    >>> last_answer(r"\boxed{0.50}") == last_answer(r"so \boxed{\frac{1}{2}}")
+    True
+    """
+    box = last_boxed(completion)
+    if box is None:
+        return None
+    number = read_number(box)
+    return _bare(box) if number is None else number
 
 
 def check_math_verify() -> None:

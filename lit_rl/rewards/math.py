@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from lit_rl.rewards.base import RewardExample, RewardInput
-from lit_rl.rewards.latex import check_math_verify, match_latex
-from lit_rl.rewards.numeric import EXTRACTIONS, Extraction, match_numeric
-from lit_rl.rewards.rows import PerRowReward, zero_unfinished
+from lit_rl.rewards.latex import check_math_verify, last_answer, match_latex
+from lit_rl.rewards.numeric import EXTRACTIONS, Extraction, find_answer, match_numeric
+from lit_rl.rewards.rows import PerRowReward, only_finished, zero_unfinished
 
 _PLACES = {
     "boxed": "So it is \\boxed{%s}.",
@@ -101,6 +101,11 @@ class MathReward(PerRowReward):
         answers = batch.columns[self.answer_column]
         values = self.score_calls([(pair, {}) for pair in zip(batch.completions, answers)])
         return zero_unfinished(values, batch) if self.require_finished else values
+
+    def answers(self, batch: RewardInput) -> Sequence[Hashable | None]:
+        read = last_answer if self.backend == "math_verify" else partial(find_answer, extraction=self.extraction)
+        found = [read(completion) for completion in batch.completions]
+        return only_finished(found, batch) if self.require_finished else found
 
     def verify(self, completion: str, answer: str) -> float:
         """Score one completion against one gold answer: 1.0, 0.0, or NaN if it is not scorable.

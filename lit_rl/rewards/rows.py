@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from lit_rl.rewards.base import Reward, RewardInput
@@ -88,6 +88,11 @@ def count_outcomes(reward: Reward, outcomes: Sequence[Outcome]) -> None:
     for kind in dict.fromkeys(outcome.failure for outcome in outcomes if outcome.failure is not None):
         failed = [outcome for outcome in outcomes if outcome.failure == kind]
         reward.count_failure(kind, len(failed), failed[0].detail)
+
+
+def only_finished(answers: Sequence[Hashable | None], batch: RewardInput) -> list[Hashable | None]:
+    """No answer from a completion that did not end by itself."""
+    return [answer if ended else None for answer, ended in zip(answers, batch.finished.tolist())]
 
 
 def zero_unfinished(values: Sequence[float | None], batch: RewardInput) -> list[float | None]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rl.rewards.base import Reward, RewardExample, RewardInput, RewardSetupError
-from lit_rl.rewards.rows import PerRowReward, zero_unfinished
+from lit_rl.rewards.rows import PerRowReward, only_finished, zero_unfinished
 
 
 class FormatReward(PerRowReward):
@@ -98,12 +98,19 @@ class ExactMatchReward(PerRowReward):
         gold = columns[self.answer_column]
         if gold is None:
             return None
-        found, gold = completion, str(gold)
-        if self.marker:
-            if self.marker not in completion:
-                return 0.0
-            found = completion.rpartition(self.marker)[2]
-        return float(found.strip() == gold.strip() if self.strip else found == gold)
+        found, gold = self.answer(completion), str(gold)
+        return float(found == (gold.strip() if self.strip else gold))
+
+    def answer(self, completion: str) -> str | None:
+        """The text after the last marker; None without a marker."""
+        if self.marker and self.marker not in completion:
+            return None
+        found = completion.rpartition(self.marker)[2] if self.marker else completion
+        return found.strip() if self.strip else found
+
+    def answers(self, batch: RewardInput) -> Sequence[Hashable | None]:
+        found = [self.answer(completion) for completion in batch.completions]
+        return only_finished(found, batch) if self.require_finished else found
 
     def score(self, batch: RewardInput) -> Sequence[float | None]:
         values = super().score(batch)

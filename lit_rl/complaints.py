@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user did wrong, in one sentence: parser messages in plain words, and errors without sixty lines of trace.
+
+A mistake in a configuration ends with exit status 2 and a sentence. A bug still shows its trace, and so does every
+mistake with ``LIT_RL_TRACEBACK=1``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+TRACEBACK = "LIT_RL_TRACEBACK"
+
+
+# Messages of the parser ------------------------------------------------------------------------------------------
+
+
+class Complaint(NamedTuple):
+    """One line of a parser's message that says something.
+
+    Attributes:
+        where: dotted key in the configuration.
+        owner: class path whose arguments are concerned, or "".
+        text: what is wrong, in the parser's words.
+    """
+
+    where: str
+    owner: str
+    text: str
+
+
+_KEY = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
+_CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)':")
+_CALLABLE = re.compile(r"Type .+ expects a function or a callable class: (?P<text>.*?)\. Got value: (?P<value>.*)")
+_NOISE = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Given value|Subclass types expect|a (class path|dict)\b"
+    r"|Expected a path but|Expected a <class 'NoneType'>"
+)
+_UNKNOWN_OPTION = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<name>[^']+)'")
+_UNKNOWN_NAME = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
+_CHOICES = re.compile(r"Expected a (?:typing\.Literal\[(?P<literal>.*)\]|member of <enum .*>: \{(?P<enum>.*)\})")
+_TYPE = re.compile(r"Expected an? <class '(?P<type>[\w.]+)'>")
+_VALUE = re.compile(r"\. Got value: (?P<value>.*)", re.DOTALL)
+_NO_CLASS = re.compile(r"Not a valid subclass of (?P<base>\w+)")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<arguments>.*)", re.DOTALL)
+_TELLING = (_UNKNOWN_OPTION, _UNKNOWN_NAME, re.compile("No module named"))
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """The parser's message as a sentence; a message of unknown form comes back without its boilerplate.
+
+    Args:
+        message: what the parser wants to print.
+        options: the parser's options, for suggestions.
+
+    >>> explain("unrecognized arguments: --trainer.max_stepss=4", ["--trainer.max_steps"])
+    'There is no option --trainer.max_stepss. Did you mean --trainer.max_steps?'
+    """
+    unrecognized = _UNRECOGNIZED.match(message)
+    if unrecognized:
+        names = [a.split("=")[0] for a in unrecognized["arguments"].split()]
+        name = next((n for n in names if n.startswith("-")), names[0])
+        return f"There is no option {name}.{did_you_mean(name, options)}"
+    found = list(complaints(message))
+    if not found:
+        return " ".join(message.split())
+    telling = [c for c in found if any(p.search(c.text) for p in _TELLING)]
+    chosen = (telling or found)[0]
+    return _sentence(chosen, options) if telling or chosen.where else " ".join(message.split())
+
+
+def complaints(message: str) -> Iterator[Complaint]:
+    """The lines of a nested message that are not boilerplate, each with the key and class that it is about."""
+    stack: list[tuple[int, str, str]] = []  # indentation, "key" or "class", name
+    for line in message.splitlines():
+        text = line.lstrip(" -")
+        if not text:
+            continue
+        indent = len(line) - len(line.lstrip(" "))
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        key, given_class, callable_ = _KEY.match(text), _CLASS.match(text), _CALLABLE.match(text)
+        if key:
+            stack.append((indent, "key", key["key"]))
+            text = key["rest"]
+        elif given_class:
+            stack.append((indent, "class", given_class["path"]))
+            continue
+        where = ".".join(name for _, kind, name in stack if kind == "key")
+        owner = next((name for _, kind, name in reversed(stack) if kind == "class"), "")
+        if callable_:
+            path = re.search(r"class_path='([^']+)'", callable_["value"])
+            yield Complaint(where, path[1] if path else "", callable_["text"])
+        elif text and not _NOISE.match(text):
+            yield Complaint(where, owner, text)
+
+
+def _sentence(complaint: Complaint, options: Iterable[str]) -> str:
+    where, owner, text = complaint
+    prefix = f"{where}: " if where else ""
+    option, unknown, choices = _UNKNOWN_OPTION.search(text), _UNKNOWN_NAME.search(text), _CHOICES.search(text)
+    expected, given, no_class = _TYPE.search(text), _VALUE.search(text), _NO_CLASS.search(text)
+    got = f", got {given['value']!r}" if given else ""
+    if (option and owner.startswith("lightning")) or no_class:
+        base = no_class["base"] if no_class else owner.rpartition(".")[2]
+        return f"{prefix}class_path is missing: it names the {base} that the init_args belong to."
+    if option and option["group"]:
+        known = {o.lstrip("-") for o in options}
+        name = f"{option['group']}.{option['name']}"
+        if owner:
+            hint = did_you_mean(option["name"], arguments_of(argument_type(owner, option["group"])))
+            return f"{prefix}{option['group']} of {owner} has no key {option['name']!r}.{hint}"
+        return f"There is no key {name}.{did_you_mean(name, known)}"
+    if option:
+        return f"{prefix}{owner} has no argument {option['name']!r}.{did_you_mean(option['name'], arguments_of(owner))}"
+    if unknown:
+        known = set(dir(import_module(unknown["module"])))
+        hint = did_you_mean(unknown["name"], known, prefix=f"{unknown['module']}.")
+        return f"{prefix}there is no {unknown['module']}.{unknown['name']}.{hint}"
+    if choices:
+        names = choices["literal"] or choices["enum"]
+        different = {n.strip(" '").lower(): None for n in names.split(",")}  # an enumeration may list a name twice
+        return f"{prefix}must be one of {', '.join(different)}{got}."
+    if expected:
+        return f"{prefix}must be {expected['type'].rpartition('.')[2]}{got}."
+    if "is abstract" in text:
+        return f"{prefix}names an abstract class; choose one of its subclasses."
+    if text.startswith(("cannot import", "No module named")):
+        return f"{prefix}{text} ({TRACEBACK}=1 shows where)."
+    return f"{prefix}{text}" + ("" if text.endswith(".") else ".")
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`` Did you mean …?`` with the known name that is most like ``name`` or contains it, or nothing."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1) or [k for k in names if name.lower() in k.lower()]
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+def arguments_of(class_path: str) -> set[str]:
+    """Names of the arguments that a class and its bases take; empty if it cannot be imported."""
+    parameters = [inspect.signature(c).parameters for c in _callables(class_path)]
+    return {name for p in parameters for name in p} - {"self", "args", "kwargs"}
+
+
+def argument_type(class_path: str, name: str) -> str:
+    """Class path of what a class expects for an argument; "" if that is not a plain class."""
+    for found in _callables(class_path):
+        hints = get_type_hints(found.__init__ if inspect.isclass(found) else found)
+        if inspect.isclass(hints.get(name)):
+            return f"{hints[name].__module__}.{hints[name].__qualname__}"
+    return ""
+
+
+def _callables(class_path: str) -> list[Any]:
+    """A class and its bases (those with a constructor of their own), or a function."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        found: Any = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return []
+    return [c for c in inspect.getmro(found) if "__init__" in vars(c)] if inspect.isclass(found) else [found]
+
+
+class PlainMessages(ArgumentParser):
+    """A parser that complains in one sentence, without its usage of sixty lines."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and a sentence; nested parsers raise, as jsonargparse expects of them."""
+        if not self.exit_on_error or os.environ.get(TRACEBACK):
+            super().error(message, ex)
+        parsers: dict[str, ArgumentParser] = {"": self}
+        for action in self._actions:
+            parsers |= action.choices if isinstance(action.choices, dict) else {}  # of subcommands
+        options = [o for parser in parsers.values() for action in parser._actions for o in action.option_strings]
+        name = " ".join([self.prog, *(parsers if len(parsers) == 2 else ())]).replace(" [options]", "")
+        self.exit(2, f"{name.strip()}: {explain(message, options)}\n")
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_errors(command: str) -> Iterator[None]:
+    """Inside, an error that is a sentence for the user ends the process with status 2; a bug passes through.
+
+    Args:
+        command: what to name in front of the sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        told = next((e for e in _causes(error) if is_for_the_user(e)), None)
+        if told is None:
+            raise _unwrapped(error) from None
+        rank = os.environ.get("LOCAL_RANK", "0")
+        label = command if rank == "0" else f"{command} (rank {rank})"
+        print(f"{label}: {told}\n({TRACEBACK}=1 shows where this was raised.)", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether an error is a sentence that was raised on purpose, about what lit-rl was given.
+
+    That is an error that our own code raises itself (rather than one that it runs into), Lightning's
+    MisconfigurationException, and what Transformers says about a model that it cannot find.
+    """
+    module, line = _raised_at(error)
+    own = type(error).__module__.startswith("lit_rl.")
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    if isinstance(error, OSError) and module.startswith(("transformers.", "huggingface_hub.")):
+        return True
+    on_purpose = own or isinstance(error, (ValueError, TypeError, OSError, ImportError))
+    return module.startswith("lit_rl.") and line.startswith("raise") and on_purpose
+
+
+def _raised_at(error: BaseException) -> tuple[str, str]:
+    """Module and source line that an error comes from."""
+    trace = error.__traceback__
+    if trace is None:
+        return "", ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    line = linecache.getline(frame.f_code.co_filename, trace.tb_lineno, frame.f_globals)
+    return str(frame.f_globals.get("__name__", "")), line.strip()
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _unwrapped(error: Exception) -> BaseException:
+    """A bug inside a constructor, without the parser's message about subtypes around it."""
+    for cause in _causes(error):
+        if not _raised_at(cause)[0].startswith("jsonargparse"):
+            return cause
+    return error
