@@ -83,15 +83,16 @@ def readable_rows(rollouts: Rollouts, texts: list[str] | None = None) -> list[di
         row: dict[str, Any] = {"prompt": rollouts.prompts.text[g], "source": rollouts.prompts.source[g]}
         if texts is not None:
             row["completion"] = texts[i]
-        row["reward"] = _plain(rewards[i])
-        row |= {k: _plain(v[i]) for k, v in columns.items()}
+        row["reward"] = plain_value(rewards[i])
+        row |= {k: plain_value(v[i]) for k, v in columns.items()}
         if "advantages" in rollouts.token and rollouts.width:
-            row["advantage"] = _plain(float(rollouts.advantages[i, 0]))
+            row["advantage"] = plain_value(float(rollouts.advantages[i, 0]))
         out.append(row)
     return out
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """None for NaN and infinities, which JSON does not have; anything else as it is."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
