@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed as ranks
 from lit_rl.hooks import RolloutCallback, required_signals
@@ -72,7 +72,15 @@ class RunState:
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def setup(self: RLModule, stage: str) -> None:
-        """Check that data, rewards, terms and callbacks fit together, before any model is loaded."""
+        """Check the run and print its header, before any model is loaded."""
+        self.check_setup(stage)
+        if stage == "fit":
+            from lit_rl.header import run_header
+
+            rank_zero_info(run_header(self, self.trainer.world_size))
+
+    def check_setup(self: RLModule, stage: str) -> None:
+        """Check that data, rewards, terms and callbacks fit together; ``ValueError`` says what to change."""
         self.loss_terms = self.terms()
         self.check_columns(stage)
         if stage == "fit":
