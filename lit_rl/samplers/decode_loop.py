@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_rl.rollouts import Rollouts, StopReason
 from lit_rl.samplers.base import RolloutRequest
-from lit_rl.samplers.noise import row_keys, uniforms
+from lit_rl.samplers.noise import gumbels, row_keys, uniforms
 from lit_rl.samplers.stopping import Stopping
 from lit_rl.samplers.support import draw_tokens, processed_logprobs
 
@@ -89,10 +89,32 @@ class DecodeLoop:
             if mine is not None and name in prefix.token:
                 mine[:, :width] = torch.where(inside, prefix.token[name][:, :width].to(self.device), 0)
 
+    def check(self) -> None:
+        """Whether every row can be decoded to the end of its budget.
+
+        Raises:
+            ValueError: a prompt is empty, or positions would run out.
+        """
+        sizes = [len(ids) for ids in self.request.prompts.ids]
+        wants = [sizes[g] for g in self.request.group.tolist()]
+        if 0 in wants:
+            empty = self.request.prompts.uid[sizes.index(0)]
+            raise ValueError(
+                f"The prompt with uid {int(empty)} has no tokens, so there is nothing to predict a first token from: "
+                "let it be the beginning-of-sequence token."
+            )
+        most = self.decoder.max_positions
+        for size, budget in zip(wants, self.budgets.tolist()) if most is not None else ():
+            if size + budget > most:
+                raise ValueError(
+                    f"A prompt of {size} tokens and a budget of {budget} need {size + budget} positions, but the model "
+                    f"has only {most}: lower max_tokens or max_prompt_tokens."
+                )
+
     def generate(self, max_rows: int) -> None:
         """Decode every row that has not ended, at most ``max_rows`` at once."""
         for rows in (~self.ended).nonzero()[:, 0].split(max_rows):
-            if self._decode(rows):
+            if len(rows) and self._decode(rows):
                 self.reason[~self.ended] = int(StopReason.ABORTED)
                 return
 
@@ -143,10 +165,14 @@ class DecodeLoop:
     def _draw(self, logits: Tensor, batch: _Active, noise: Tensor) -> Tensor:
         """Draw and record a token for each row: ``[n, V]`` logits and ``[n]`` noise -> ``[n]`` ids."""
         sampling, usable = self.request.sampling, self.stopping.usable
-        logprobs = processed_logprobs(logits, sampling)  # [n, V]
+        logprobs = processed_logprobs(logits, sampling, usable)  # [n, V]
         probs = logprobs.exp()
-        greedy = sampling.temperature == 0
-        tokens = logprobs[:, :usable].argmax(-1) if greedy else draw_tokens(probs, noise, usable)
+        if sampling.temperature == 0:
+            tokens = logprobs[:, :usable].argmax(-1)
+        elif self.request.noise == "gumbel":
+            tokens = (logprobs[:, :usable] + gumbels(self.keys[batch.index], batch.column, usable)).argmax(-1)
+        else:
+            tokens = draw_tokens(probs, noise, usable)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         record = [batch.index, batch.column, tokens, chosen]
         if self.entropy is not None:

@@ -39,6 +39,12 @@ class ModelDecoder:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence of a model with learned positions (GPT-2, OPT); None where nothing limits it."""
+        rotary = getattr(self.config, "rope_parameters", None) is not None
+        return None if rotary else getattr(self.config, "max_position_embeddings", None)
+
     def start(self, contexts: Sequence[Tensor], owner: Tensor, limit: int) -> Tensor:
         """Compute each context once and hand its cache to the rows that continue it.
 

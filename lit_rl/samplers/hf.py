@@ -39,6 +39,7 @@ class HFSampler(RolloutSampler):
     """
 
     in_process = True
+    provides = frozenset({"logprobs.sampler", "entropy"})
 
     def __init__(
         self, max_rows: int = 256, prefill_tokens: int = 16384, fallback: Literal["warn", "error"] = "warn"
@@ -109,7 +110,11 @@ class HFSampler(RolloutSampler):
         self._pending.append(request)
 
     def collect(self) -> Rollouts:
-        """Generate the completions of the oldest request; all tensors on the model's device."""
+        """Generate the completions of the oldest request; all tensors on the model's device.
+
+        Raises:
+            ValueError: a prompt is empty, or prompt and budget are longer than the positions that the model has.
+        """
         from lit_rl.samplers.decoder import decoding
 
         if not self._pending or self.decoder is None:
@@ -117,6 +122,7 @@ class HFSampler(RolloutSampler):
         request = self._pending.popleft()
         # The loop works on a copy, so that its cache is freed with it.
         loop = DecodeLoop(request, copy(self.decoder), self._stopping_for(request.sampling))
+        loop.check()
         with decoding(self.model):
             loop.generate(self.max_rows)
         return loop.rollouts(self.policy_version)

@@ -32,12 +32,17 @@ class Stopping:
     def __init__(
         self, model: Any, tokenizer: Any, sampling: Sampling, *, vocab_size: int, device: torch.device | str
     ) -> None:
-        self.usable = min(vocab_size, len(tokenizer))
+        self.usable = min(vocab_size, used_ids(tokenizer))
         end = end_token_ids(model, tokenizer)
         self.is_end = _table(end, vocab_size).to(device)
         self.ends = _table([*end, *sampling.stop_token_ids], vocab_size).to(device)
         self.strings = StopStrings(tokenizer, sampling.stop) if any(sampling.stop) else None
         self.suspect = self.strings.suspects(vocab_size).to(device) if self.strings else None
+
+
+def used_ids(tokenizer: Any) -> int:
+    """One more than the largest id of the tokenizer, which may leave some below it unused."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -67,7 +72,7 @@ class StopStrings:
 
     def suspects(self, vocab_size: int) -> Tensor:
         """``[V]`` bool: tokens that may complete a stop string. May name too many, never too few."""
-        ids = range(min(vocab_size, len(self.tokenizer)))
+        ids = range(min(vocab_size, used_ids(self.tokenizer)))
         pieces = self.tokenizer.batch_decode(
             [[i] for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

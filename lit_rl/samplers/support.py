@@ -11,18 +11,27 @@ from torch import Tensor
 from lit_rl.samplers.base import Sampling
 
 
-def processed_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
+def processed_logprobs(logits: Tensor, sampling: Sampling, usable: int | None = None) -> Tensor:
     """Log-probabilities after temperature and over the support, ``[n, V]`` -> ``[n, V]`` float32.
 
     The restrictions apply in the order top-k, top-p, min-p, each to the renormalised outcome of the one before; tokens
     outside are ``-inf``. Ties with the k-th token stay inside. With temperature 0 the result is the unrestricted
     distribution of temperature 1.
+
+    Args:
+        logits: of the whole head.
+        sampling: temperature and restrictions.
+        usable: ids from here on are no tokens, and belong to no restricted support. Without a restriction they keep
+            their share of the probability, as in the trainer's log-probabilities.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         return logits.log_softmax(-1)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
+    if usable is not None and usable < logits.shape[-1] and not sampling.full_support:
+        outside = torch.arange(logits.shape[-1], device=logits.device) >= usable
+        logits = logits.masked_fill(outside, -math.inf)
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)

@@ -16,14 +16,19 @@ from lit_rl.testing.checks import (
     loss_and_gradients,
 )
 from lit_rl.testing.ranks import run_on_ranks
+from lit_rl.testing.sampler_bench import SamplerBench
+from lit_rl.testing.sampler_promises import SAMPLER_PROMISES, check_sampler
 from lit_rl.testing.toys import ToyData, final_state, make_module, make_policy, make_trainer, toy_reward, train
 
 __all__ = [
+    "SAMPLER_PROMISES",
+    "SamplerBench",
     "StopAt",
     "ToyData",
     "assert_same_weights",
     "check_neutral",
     "check_resume",
+    "check_sampler",
     "check_split_invariance",
     "final_state",
     "loss_and_gradients",
