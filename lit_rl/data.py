@@ -275,12 +275,13 @@ def block_counts(weights: Mapping[str, float], longest: int = 1000) -> dict[str,
     shares = {name: Fraction(weight / total).limit_denominator(longest) for name, weight in weights.items()}
     length = math.lcm(*(share.denominator for share in shares.values()))
     if length <= longest and sum(shares.values()) == 1:
-        return {name: int(share * length) for name, share in shares.items()}
-    exact = {name: weight / total * longest for name, weight in weights.items()}
-    counts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
-    for name in by_remainder[: longest - sum(counts.values())]:
-        counts[name] += 1
+        counts = {name: int(share * length) for name, share in shares.items()}
+    else:
+        exact = {name: weight / total * longest for name, weight in weights.items()}
+        counts = {name: int(value) for name, value in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+        for name in by_remainder[: longest - sum(counts.values())]:
+            counts[name] += 1
     for name, count in counts.items():
         if count == 0:
             raise ValueError(
@@ -430,6 +431,13 @@ class PromptDataModule(LightningDataModule):
     def trains(self) -> bool:
         """Whether there is training data, once it is built."""
         return self._train_stream is not None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Of all hooks of Lightning the one that runs between two steps, when the last one is logged and validated."""
+        trainer: Any = self.trainer
+        if trainer.training:
+            trainer.lightning_module.begin_step()
+        return batch
 
     def train_dataloader(self) -> Ticker:
         return Ticker()
