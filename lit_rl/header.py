@@ -250,7 +250,9 @@ def _is_simple(value: Any) -> bool:
 
 
 def _same(value: Any, default: Any) -> bool:
-    return value == default or (isinstance(value, (list, tuple)) and list(value) == list(default or ()))
+    if isinstance(value, (list, tuple)):  # dataclasses make an empty one for each object
+        return list(value) == (list(default) if isinstance(default, (list, tuple)) else [])
+    return value == default
 
 
 def _differs(cls: type, name: str, value: Any) -> bool:
