@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,9 +65,16 @@ def union_of_names(names: Iterable[str]) -> list[str]:
     mine = list(names)
     if world_size() == 1:
         return mine
-    everyone: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(everyone, mine)
-    return list(dict.fromkeys(name for part in everyone for name in part))
+    return list(dict.fromkeys(name for part in gather_objects(mine) for name in part))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One object from each rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def broadcast_object(value: object) -> object:

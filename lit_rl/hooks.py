@@ -3,7 +3,7 @@
 
 Any Lightning callback may implement any of the hooks below; `RolloutCallback` lists them with their meaning. They run
 in the order of ``trainer.callbacks``. The dispatcher compares every batch before and after each hook and records the
-difference in ``rollouts.edits``, so a callback that edits silently still shows up.
+difference in ``rollouts.edits`` (that of requests too), so a callback that edits silently still shows up.
 
 Within a step: ``on_plan``, then in rounds ``on_rollout_request``, ``on_rollouts``, ``on_rewards``, ``on_collected``;
 then ``on_batch_ready`` and ``on_advantages``; for each optimizer step ``on_loss_weights`` and for each of its
@@ -14,7 +14,7 @@ micro-batches ``on_micro_batch`` and ``on_loss_terms``; at the end ``on_metrics`
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -92,6 +92,21 @@ class RolloutCallback(Callback):
         """
 
 
+@runtime_checkable
+class Traced(Protocol):
+    """What the dispatcher compares before and after a hook: a batch, or a request."""
+
+    edits: list[Edit]
+
+    def __len__(self) -> int: ...
+
+    def clone(self) -> Any:
+        """A copy that stays as it is."""
+
+    def diff(self, before: Any, skip: Collection[str] = ()) -> dict[str, int]:
+        """Names of what differs, and in how many entries."""
+
+
 HOOKS = tuple(name for name in vars(RolloutCallback) if name.startswith("on_"))
 
 
@@ -102,27 +117,29 @@ def dispatch(trainer: Trainer, module: LightningModule, hook: str, value: ValueT
         trainer: the trainer whose callbacks run, in order.
         module: the method.
         hook: name of the hook.
-        value: what the hook receives. A batch is compared before and after each callback.
+        value: what the hook receives. A batch or a request is compared before and after each callback.
     """
     for callback in callbacks_with(trainer, hook):
-        before, marks = (value.clone(), _marks(value)) if isinstance(value, Batch) else (None, {})
+        before, marks = (value.clone(), _marks(value)) if isinstance(value, Traced) else (None, {})
         result = getattr(callback, hook)(trainer, module, value)
         value = value if result is None else result
-        if before is not None and isinstance(value, Batch):
+        if before is not None and isinstance(value, Traced):
             now = _marks(value)
             untouched = {name for name, mark in marks.items() if mark.same_as(now.get(name))}
             value.edits += edits_of(hook, callback, before, value, untouched)
     return value
 
 
-def edits_of(hook: str, callback: Callback, before: Batch, after: Batch, untouched: Collection[str] = ()) -> list[Edit]:
-    """What a callback changed: signals by name, or the rows if some were dropped or added.
+def edits_of(
+    hook: str, callback: Callback, before: Traced, after: Traced, untouched: Collection[str] = ()
+) -> list[Edit]:
+    """What a callback changed: signals or settings by name, or the rows if some were dropped or added.
 
     Args:
         hook: in which hook.
         callback: who.
-        before: a clone of the batch as it was.
-        after: the batch as it is.
+        before: a clone of the batch or request as it was.
+        after: the batch or request as it is.
         untouched: signals that certainly did not change and need no comparison.
     """
     name = type(callback).__name__
@@ -141,8 +158,8 @@ class _Mark(NamedTuple):
         return other is not None and self.tensor is other.tensor and self.version == other.version >= 0
 
 
-def _marks(batch: Batch) -> dict[str, _Mark]:
-    signals = {**batch.row, **batch.token}
+def _marks(value: Traced) -> dict[str, _Mark]:
+    signals = {**value.row, **value.token} if isinstance(value, Batch) else {}
     # Inference tensors have no version: never the same.
     return {name: _Mark(t, -1 if t.is_inference() else t._version) for name, t in signals.items()}
 

@@ -15,16 +15,15 @@ from lit_rl.rollouts import Rollouts
 _PASS_TOKENS = {"cpu": 128}
 
 
-def mini_batches(rollouts: Rollouts, updates: int) -> list[Rollouts]:
-    """Deal the groups out to ``updates`` mini-batches in turn, so that the split does not depend on the ranks.
+def mini_batch(rollouts: Rollouts, updates: int, index: int) -> Rollouts:
+    """One of ``updates`` mini-batches, as a copy: groups are dealt out in turn, so that ranks do not change the split.
 
     Args:
         rollouts: the batch of one rank.
-        updates: number of optimizer steps; the same on every rank, a mini-batch may be empty.
+        updates: number of mini-batches; the same on every rank, one of them may be empty.
+        index: which of them.
     """
-    if updates == 1:
-        return [rollouts]
-    return [rollouts.select(rollouts.group % updates == k) for k in range(updates)]
+    return rollouts.select(rollouts.group % updates == index)
 
 
 def sequence_lengths(rollouts: Rollouts) -> Tensor:

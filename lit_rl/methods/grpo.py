@@ -76,11 +76,11 @@ class GRPO(RLModule):
         terms: list[Term] = [PolicyTerm(self.surrogate, self.correction, origins=rl, **shape)]
         if self.reference is not None:
             terms.append(KLTerm(self.kl, coefficient="kl_coef", origins=rl, **shape))
-        if self.entropy_coef:
-            terms.append(EntropyTerm(coefficient="entropy_coef", origins=rl, **shape))
-        if self.sft_coef:
-            terms.append(LikelihoodTerm(coefficient="sft_coef"))
-        return terms
+        return [
+            *terms,
+            EntropyTerm(coefficient="entropy_coef", origins=rl, **shape),
+            LikelihoodTerm(coefficient="sft_coef"),
+        ]
 
     def collect(self) -> Rollouts:
         rollouts = super().collect()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -12,13 +13,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_rl import distributed as ranks
-from lit_rl.hooks import callbacks_with, dispatch, edits_of
+from lit_rl.hooks import callbacks_with, dispatch
 from lit_rl.methods.evaluating import Evaluation
-from lit_rl.methods.reporting import Ledger, rollout_statistics
+from lit_rl.methods.recalling import RecallStage
+from lit_rl.methods.reporting import PROGRESS_BAR, Ledger, Reporting, rollout_statistics
 from lit_rl.methods.state import RunState
 from lit_rl.methods.terms import Term
 from lit_rl.methods.updating import UpdateStage
-from lit_rl.policies import FrozenPolicy, Policy, completion_logprobs
+from lit_rl.policies import FrozenPolicy, Policy
 from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import Reward, RewardInput, check_rewards, score_rewards
 from lit_rl.rollouts import Prompts, Rollouts, StopReason
@@ -27,10 +29,10 @@ from lit_rl.seeding import seed_everything_from
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-Provider = Callable[["RLModule", Rollouts], None]
+_MAX_DRAWS = 1000  # attempts to replace prompts that the encoder drops
 
 
-class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
+class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, LightningModule):
     """A method: collect → recall → credit → update, each stage one method that a subclass may override.
 
     Args:
@@ -119,9 +121,7 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
         self.reference = reference
         self.old_logprobs, self.on_nonfinite = old_logprobs, on_nonfinite
         self.keep_entropy, self.seed = keep_entropy, seed
-        self.providers: dict[str, Provider] = {}
-        if reference is not None:
-            self.providers["logprobs.reference"] = reference_logprobs
+        self.providers = {}
         self.ledger = Ledger()
         self.model = None  # type: ignore[assignment]  # loaded by configure_model
         self.init_run_state()
@@ -139,7 +139,15 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
     def describe(self) -> list[str]:
         """The effective algorithm, one line a part, for the run header."""
         factors = [(term, term.coefficient(self)) for term in self.terms()]
-        return [f"loss: {'' if c == 1 else f'{c:g} × '}{term.name} = {term.describe()}" for term, c in factors]
+        live = [(term, c) for term, c in factors if term.watched or c != 0]
+        return [f"loss: {'' if c == 1 else f'{c:g} × '}{term.name} = {term.describe()}" for term, c in live]
+
+    def frozen_policies(self) -> dict[str, FrozenPolicy]:
+        """Policies that are not trained, by name. A method with a teacher adds it here.
+
+        Loading, moving, saving, rewinding and refreshing follow, and ``logprobs.<name>`` can be required.
+        """
+        return {} if self.reference is None else {"reference": self.reference}
 
     # The step ------------------------------------------------------------------------------------------------------
 
@@ -148,10 +156,9 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
         self.ledger = Ledger()
         with self.ledger.timed("step"):
             seed_everything_from(self.seed, self.rollout_step, ranks.rank())
-            boundary = self.boundary()
+            self.remember_boundary()
             rollouts = self.collect()
             if self.interrupted:
-                self.return_to(boundary)
                 return
             rollouts = self.recall(rollouts)
             rollouts = self.credit(rollouts)
@@ -162,42 +169,68 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
         """Stage 1: sample and score, in rounds, until no callback on any rank asks for more prompts."""
         wanted = self.prompts_per_step // ranks.world_size()
         for callback in callbacks_with(self.trainer, "on_plan"):
-            wanted = callback.on_plan(self.trainer, self, wanted) or wanted
-        rollouts: Rollouts | None = None
+            answer = callback.on_plan(self.trainer, self, wanted)
+            wanted = wanted if answer is None else answer
+        parts: list[Rollouts] = []
+        self.sampled_plainly = True
         for _ in range(self.max_rounds):
-            request = dispatch(self.trainer, self, "on_rollout_request", self.plan(wanted))
-            with self.ledger.timed("rollout"), self.sampler.active():
-                fresh = self.sampler.sample(request).to(self.device)
-            if self.agree_to_stop():
+            fresh = self.collect_round(wanted)
+            if self.interrupted:
                 return fresh
-            fresh = dispatch(self.trainer, self, "on_rollouts", fresh)
-            fresh = dispatch(self.trainer, self, "on_rewards", self.score(fresh))
-            rollouts = fresh if rollouts is None else Rollouts.cat([rollouts, fresh])
-            asks = [
-                c.on_collected(self.trainer, self, rollouts) or 0 for c in callbacks_with(self.trainer, "on_collected")
-            ]
-            wanted = max(asks, default=0)
+            parts = [Rollouts.cat([*parts, fresh])]
+            asks = [c.on_collected(self.trainer, self, parts[0]) for c in callbacks_with(self.trainer, "on_collected")]
+            wanted = max((n or 0 for n in asks), default=0)
             if not int(ranks.all_max(torch.tensor(wanted, device=self.device))):
                 break
-        assert rollouts is not None
-        return dispatch(self.trainer, self, "on_batch_ready", rollouts)
+        return dispatch(self.trainer, self, "on_batch_ready", parts[0])
+
+    def collect_round(self, prompts: int) -> Rollouts:
+        """One round of stage 1: completions of the next prompts, scored."""
+        request = dispatch(self.trainer, self, "on_rollout_request", self.plan(prompts))
+        with self.ledger.timed("rollout"), self.sampler.active():
+            fresh = self.sampler.sample(request).to(self.device)
+        self.interrupted = self.agree_to_stop()
+        if self.interrupted:
+            return fresh
+        plain = request.sampling.full_support and request.sampling.temperature == self.sampling.temperature
+        self.sampled_plainly &= plain  # the trainer computes log-probabilities for its own sampling settings only
+        fresh.edits = [*request.edits, *fresh.edits]
+        fresh = dispatch(self.trainer, self, "on_rollouts", fresh)
+        return dispatch(self.trainer, self, "on_rewards", self.score(fresh))
 
     def plan(self, prompts: int) -> RolloutRequest:
-        """Draw the next prompts of this rank (a collective call: the cursor moves by what all ranks draw)."""
-        drawn = self.sampler.prompts_to_draw(prompts)
-        counts = [int(n) for n in ranks.gather_ragged(torch.tensor([drawn], device=self.device))]
-        start = self.cursor + sum(counts[: ranks.rank()])
-        self.cursor += sum(counts)
-        encoded = self.encode(self.stream.at(start, drawn), range(start, start + drawn))
+        """A request for the next prompts of this rank (a collective call)."""
         return RolloutRequest.for_groups(
-            encoded,
+            self.draw(self.sampler.prompts_to_draw(prompts)),
             self.group_size,
-            self.sampling,
+            dataclasses.replace(self.sampling),  # a callback may change it for this request
             self.seed,
             score=self.score,
             entropy=self.keep_entropy,
             should_stop=lambda progress: self.stop_requested(),
             wanted=prompts,
+        )
+
+    def draw(self, wanted: int) -> Prompts:
+        """The next prompts of this rank; those that the encoder drops are replaced.
+
+        A collective call: the cursor moves by what all ranks draw.
+        """
+        parts: list[Prompts] = []
+        missing = wanted
+        for _ in range(_MAX_DRAWS):
+            everyone = [int(n) for n in ranks.gather_ragged(torch.tensor([missing], device=self.device))]
+            if not sum(everyone):
+                return Prompts.cat(parts) if len(parts) != 1 else parts[0]
+            start = self.cursor + sum(everyone[: ranks.rank()])
+            self.cursor += sum(everyone)
+            parts.append(self.encode(self.stream.at(start, missing), range(start, start + missing)))
+            missing -= len(parts[-1])
+            if missing:
+                self.ledger.total("rollout/prompts_dropped", float(missing))
+        raise ValueError(
+            f"{_MAX_DRAWS} attempts did not find {wanted} prompts of at most {self.max_prompt_tokens} tokens: raise "
+            "max_prompt_tokens, or filter the data."
         )
 
     def encode(self, records: list[dict[str, Any]], draws: Iterable[int]) -> Prompts:
@@ -237,82 +270,6 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
             max_length=self.sampling.max_tokens,
         )
 
-    def recall(self, rollouts: Rollouts) -> Rollouts:
-        """Stage 2: every signal that a term or a callback requires, each from its provider, once."""
-        with self.ledger.timed("recall"):
-            for signal in self.required:
-                if signal in self.providers:
-                    self.providers[signal](self, rollouts)
-            if self.updates_per_rollout * self.epochs_per_rollout > 1:
-                self.fill_old_logprobs(rollouts)
-        return rollouts
-
-    def fill_old_logprobs(self, rollouts: Rollouts) -> None:
-        """Store π_old where nobody did: several updates move π_θ away from it."""
-        if not rollouts.width:
-            return
-        old = (
-            rollouts.logprobs["old"] if "old" in rollouts.logprobs else torch.full_like(rollouts.loss_weights, math.nan)
-        )
-        missing = torch.isnan(old) & rollouts.completion_mask
-        if self.old_logprobs != "recompute" and "sampler" in rollouts.logprobs:
-            trusted = missing & self.sampled_by_policy(rollouts)[:, None]
-            old = torch.where(trusted, rollouts.logprobs["sampler"], old)
-            missing &= ~trusted
-        rows = missing.any(1).nonzero()[:, 0]
-        if len(rows):
-            old = old.clone()
-            recomputed, _ = self.policy_logprobs(rollouts.select(rows), self.model)
-            old[rows] = torch.where(missing[rows], recomputed, old[rows])
-        rollouts.logprobs["old"] = torch.where(rollouts.completion_mask, old, 0.0)
-
-    def sampled_by_policy(self, rollouts: Rollouts) -> Tensor:
-        """``[N]`` bool: rows whose sampler log-probabilities are certainly those of the policy before the update."""
-        if self.old_logprobs == "sampler":
-            return torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.device)
-        exact = self.sampler.in_process and self.sampling.full_support and self.trainer.precision.startswith("32")
-        current = (rollouts.token["policy_version"] == self.policy_version) | ~rollouts.completion_mask
-        return (rollouts.origin == 0) & current.all(1) & exact
-
-    @torch.no_grad()
-    def policy_logprobs(
-        self, rollouts: Rollouts, model: torch.nn.Module, prompt_ids: list[Tensor] | None = None, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Score a batch under any policy, in micro-batches, without gradient.
-
-        Args:
-            rollouts: N completions.
-            model: the causal language model to score with.
-            prompt_ids: B other prompts (a privileged teacher's, say); default the batch's own.
-            entropy: whether to return entropies.
-
-        Returns:
-            Log-probabilities and entropies (or None), ``[N, T]``, 0 outside the completions.
-        """
-        from lit_rl.methods.batching import micro_batches
-
-        logprobs = torch.zeros(len(rollouts), rollouts.width, device=rollouts.device)
-        entropies = torch.zeros_like(logprobs) if entropy else None
-        prompts = prompt_ids if prompt_ids is not None else rollouts.prompts.ids
-        was_training = model.training
-        model.eval()
-        for rows in micro_batches(rollouts, self.micro_batch_tokens):
-            part, part_entropy = completion_logprobs(
-                model,
-                [prompts[g] for g in rollouts.group[rows].tolist()],
-                rollouts.completion_ids[rows],
-                rollouts.completion_mask[rows],
-                rollouts.lengths[rows],
-                temperature=self.sampling.temperature or 1.0,
-                entropy=entropy,
-                wanted=rollouts.kept_mask()[rows],
-            )
-            logprobs[rows] = part.to(logprobs.dtype)
-            if entropies is not None and part_entropy is not None:
-                entropies[rows] = part_entropy.to(entropies.dtype)
-        model.train(was_training)
-        return logprobs, entropies
-
     def credit(self, rollouts: Rollouts) -> Rollouts:
         """Stage 3: advantages."""
         rollouts.advantages = self.advantages(rollouts)
@@ -326,20 +283,16 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
                 self.ledger.total(f"reward/{reward.name}_{kind}", float(count))
         for name, value in self.sampler.metrics(rollouts).items():
             self.ledger.mean(f"sampler/{name}", torch.tensor([value]))
-        numbers = self.ledger.reduce(self.device)
-        self.log_step(numbers)
+        numbers = self.complete(self.ledger.reduce(self.device))
+        self.warn_of_mismatch(numbers)
+        self.log_numbers(numbers, PROGRESS_BAR)
         for callback in callbacks_with(self.trainer, "on_metrics"):
             callback.on_metrics(self.trainer, self, numbers)
         self.last_rollouts = rollouts
         self.clock += 1
         self.rollout_step += 1
-        if self.reference is not None:
-            self.reference.refresh(self.model, self.rollout_step)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The run ends here, after the callbacks: one of them may have rewound it."""
-        if self.rollout_step >= self.max_rollouts:
-            self.trainer.should_stop = True
+        for frozen in self.frozen_policies().values():
+            frozen.refresh(self.model, self.rollout_step)
 
     def rescore(self, rollouts: Rollouts, rows: Tensor) -> None:
         """Score some rows again in place, after they were cut. Whole groups are scored, the given rows replaced.
@@ -359,14 +312,3 @@ class RLModule(RunState, UpdateStage, Evaluation, LightningModule):
             values = rollouts.row[name].clone()
             values[index[mine]] = again.row[name][mine]
             rollouts.row[name] = values
-
-    def edited(self, hook: str, callback: Any, before: Rollouts, after: Rollouts) -> None:
-        """Record a change that a callback made outside its hook's dispatch."""
-        after.edits += edits_of(hook, callback, before, after)
-
-
-def reference_logprobs(module: RLModule, rollouts: Rollouts) -> None:
-    """Provider of ``logprobs.reference``: the module's frozen reference policy scores the batch."""
-    assert module.reference is not None
-    with module.reference.model(module.model) as model:
-        rollouts.logprobs["reference"] = module.policy_logprobs(rollouts, model)[0]

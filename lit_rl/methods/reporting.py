@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a step: collected where they arise, reduced over ranks once, logged in one call."""
+"""The numbers of a step: collected where they arise, reduced over ranks once, written once, at the step's clock."""
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_rl.distributed import all_max, all_sum, union_of_names
+from lit_rl.distributed import all_gather_concat, all_max, all_sum, union_of_names
 from lit_rl.methods.terms import Signals
 from lit_rl.rollouts import Rollouts, StopReason
+
+if TYPE_CHECKING:
+    from lit_rl.methods.module import RLModule
+
+PROGRESS_BAR = ("reward/mean", "rollout/length_mean", "speed/tokens_per_second", "val/pass@1")
+_TOTAL = -1.0  # in place of a count: the entry is a sum over ranks, not a mean
 
 
 class Ledger:
@@ -41,11 +51,10 @@ class Ledger:
 
     def total(self, name: str, value: float | Tensor) -> None:
         """Add to the sum over ranks logged as ``name``."""
-        old = self.signals.sums.get(name, (torch.zeros(()), torch.zeros(())))[0]
-        self.signals.sums[name] = (
-            old + torch.as_tensor(value, dtype=torch.float32, device=old.device),
-            torch.tensor(-1.0),
-        )
+        value = torch.as_tensor(value, dtype=torch.float32)
+        if name in self.signals.sums:
+            value = value + self.signals.sums[name][0].to(value.device)
+        self.signals.sums[name] = (value, torch.tensor(_TOTAL))
 
     def largest(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Let values compete for the maximum logged as ``name``."""
@@ -54,43 +63,133 @@ class Ledger:
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Everything as plain numbers, the same on every rank: one sum and one maximum over the ranks."""
-        empty = (torch.zeros(()), torch.zeros(()))
         names = union_of_names(self.signals.sums)
-        entries = [self.signals.sums.get(name, empty) for name in names]
-        packed = torch.tensor([[float(x), float(n)] for x, n in entries], dtype=torch.float64).reshape(-1, 2)
-        packed = all_sum(packed.to(device)).cpu()
-        peaks = {f"time/{k}": v for k, v in self.seconds.items()}
-        peaks |= {k: float(v) for k, v in self.signals.maxima.items()}
+        nothing = (torch.zeros(()), torch.zeros(()))
+        sums = _packed([x for name in names for x in self.signals.sums.get(name, nothing)], device)
+        pairs = all_sum(sums).reshape(-1, 2).tolist()
+        seconds = {f"time/{name}": torch.tensor(value) for name, value in self.seconds.items()}
+        peaks = {**seconds, **self.signals.maxima}
         peak_names = union_of_names(peaks)
-        highest = torch.tensor([peaks.get(name, -torch.inf) for name in peak_names], dtype=torch.float64)
-        highest = all_max(highest.to(device)).cpu()
-        out = {n: t if c < 0 else t / c for n, (t, c) in zip(names, packed.tolist()) if c}
-        out.update(zip(peak_names, highest.tolist()))
-        return out
+        lowest = torch.tensor(-math.inf)
+        highest = all_max(_packed([peaks.get(name, lowest) for name in peak_names], device)).tolist()
+        out = {name: total if count < 0 else total / count for name, (total, count) in zip(names, pairs) if count}
+        return out | {name: value for name, value in zip(peak_names, highest) if value > -math.inf}
+
+
+def _packed(numbers: list[Tensor], device: torch.device) -> Tensor:
+    """Scalars as one float64 vector on the device."""
+    if not numbers:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack([x.detach().to(device, torch.float64) for x in numbers])
 
 
 def rollout_statistics(rollouts: Rollouts, ledger: Ledger) -> None:
     """Record what a batch looks like after every hook has run: rewards, lengths, ends, signal."""
     rewards = rollouts.rewards
-    ledger.mean("reward/mean", rewards)
-    ledger.mean("_reward_square", rewards.square())
+    if rollouts.reward_terms:
+        ledger.mean("reward/mean", rewards)
+        ledger.mean("_reward_square", rewards.double().square())
+        ledger.mean("rollout/unscorable_ratio", torch.isnan(rewards).float())
+        ledger.mean("rollout/zero_signal_ratio", zero_signal(rollouts).float())
     for name, values in rollouts.reward_terms.items():
-        ledger.mean(f"reward/{name}", values, rollouts.reward_weights[name] != 0)
+        weights = rollouts.reward_weights.get(name)
+        ledger.mean(f"reward/{name}", values, None if weights is None else weights != 0)
     ledger.mean("rollout/correct_ratio", rollouts.correct)
-    ledger.mean("rollout/unscorable_ratio", torch.isnan(rewards).float())
     generated = rollouts.generated.float()
     ledger.mean("rollout/length_mean", generated)
     ledger.mean("rollout/kept_length_mean", rollouts.lengths.float())
+    lengths, _ = all_gather_concat(generated)
+    if len(lengths):
+        ledger.largest("rollout/length_p95", lengths.quantile(0.95))
     ledger.mean("rollout/truncated_ratio", (rollouts.row["stop_reason"] == StopReason.LENGTH).float())
-    ledger.mean("rollout/zero_signal_ratio", zero_signal(rollouts).float())
     if "entropy" in rollouts.token:
         ledger.mean("policy/entropy", rollouts.token["entropy"], rollouts.completion_mask)
+    ledger.largest("memory/peak_gib", torch.tensor(peak_memory_gib(rollouts.device)))
     ledger.total("rollout/completions", float(len(rollouts)))
     ledger.total("rollout/tokens", generated.sum())
 
 
 def zero_signal(rollouts: Rollouts) -> Tensor:
     """``[B]`` bool: groups whose advantages are all zero, so that they teach nothing."""
-    has_signal = (rollouts.advantages != 0).any(1) if rollouts.width else torch.zeros(len(rollouts), dtype=torch.bool)
+    signal = torch.zeros(len(rollouts), dtype=torch.long, device=rollouts.device)
+    if rollouts.width:
+        signal = (rollouts.advantages != 0).any(1).long()
     count = torch.zeros(len(rollouts.prompts), dtype=torch.long, device=rollouts.device)
-    return count.index_add(0, rollouts.group, has_signal.long()) == 0
+    return count.index_add(0, rollouts.group, signal) == 0
+
+
+class Reporting:
+    """How an `RLModule` reports numbers while it trains.
+
+    Lightning keeps a metric object for every name, which costs several milliseconds a step, and repeats the last value
+    of a name at every later step, so that something measured now and then looks like a constant. Here a number belongs
+    to the step in which it was logged: it is in ``trainer.callback_metrics`` until the next step begins, and is written
+    once all callbacks have seen the step's end, at x = ``clock``.
+    """
+
+    numbers: dict[str, float]  # of the step that runs, not yet written
+
+    def init_reporting(self: RLModule) -> None:
+        """Nothing was measured yet."""
+        self.numbers, self._written = {}, set()
+
+    def log(
+        self: RLModule, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, **options: Any
+    ) -> None:
+        """As in Lightning; in training a plain number takes the short way described above."""
+        plain = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        if plain and not any(options.values()) and logger is not False and self.trainer.training:
+            self.log_numbers({name: float(value)}, [name] if prog_bar else ())
+        else:
+            super().log(name, value, prog_bar, logger, **options)  # type: ignore[safe-super]
+
+    def log_numbers(self: RLModule, numbers: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
+        """Log numbers of the step that runs, the same on every rank; those in ``prog_bar`` in the progress bar too."""
+        self.numbers.update(numbers)
+        self.show_numbers(numbers, prog_bar)
+
+    def show_numbers(self: RLModule, numbers: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
+        """Let monitors and the progress bar see numbers."""
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+        self.trainer.progress_bar_metrics.update({name: numbers[name] for name in prog_bar if name in numbers})
+
+    def write_numbers(self: RLModule, numbers: Mapping[str, float]) -> None:
+        """Hand numbers to the loggers, all at once, at the clock of the step that was last."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(numbers), step=max(0, self.clock - 1))
+            logger.save()
+
+    def end_reporting(self: RLModule) -> None:
+        """Every callback has seen the end of the step: write what it and they measured."""
+        due = self.clock % self.trainer.log_every_n_steps == 0 or self.trainer.should_stop
+        if due and self.numbers and not self.interrupted:
+            self.write_numbers(self.numbers)
+        self._written, self.numbers = set(self.numbers), {}
+
+    def begin_reporting(self: RLModule) -> None:
+        """A new step begins: monitors no longer see what the last one logged."""
+        for name in self._written:
+            self.trainer.callback_metrics.pop(name, None)
+        self._written = set()
+
+    def complete(self: RLModule, numbers: dict[str, float]) -> dict[str, float]:
+        """The numbers of a step with those that follow from others."""
+        square = numbers.pop("_reward_square", None)
+        if square is not None:
+            numbers["reward/std"] = max(0.0, square - numbers["reward/mean"] ** 2) ** 0.5
+        weight_square = numbers.pop("_correction_square", None)
+        if weight_square is not None:  # effective sample share (Σw)² / (n Σw²)
+            numbers["policy/correction_ess"] = numbers["policy/correction_mean"] ** 2 / max(weight_square, 1e-300)
+        numbers["speed/tokens_per_second"] = numbers.get("rollout/tokens", 0.0) / numbers["time/step"]
+        numbers["rollout_step"] = float(self.rollout_step)
+        if self.skipped_updates:
+            numbers["policy/skipped_updates"] = float(self.skipped_updates)
+        return numbers
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on the accelerator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

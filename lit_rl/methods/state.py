@@ -8,8 +8,6 @@ that rewind) and run state (``clock``, ``policy_version`` and everything that mu
 
 from __future__ import annotations
 
-import resource
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +15,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed as ranks
-from lit_rl.hooks import RolloutCallback, required_signals
+from lit_rl.hooks import HOOKS, RolloutCallback, required_signals
 
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule
     from lit_rl.methods.module import RLModule
     from lit_rl.methods.terms import Term
     from lit_rl.rollouts import Rollouts
-
-PROGRESS_BAR = ("reward/mean", "rollout/length_mean", "speed/tokens_per_second", "val/pass@1")
 
 
 class RunState:
@@ -38,7 +34,9 @@ class RunState:
     cursor: int
     policy_version: int
     skipped_updates: int
-    required: list[str]
+    interrupted: bool  # the step that runs, or ran last, was cut short and will be undone
+    update_index: int  # optimizer steps before the one that runs
+    sampled_plainly: bool  # with the module's own temperature, from the full support
     loss_terms: list[Term]
     last_rollouts: Rollouts | None
 
@@ -46,10 +44,14 @@ class RunState:
         """Start of a run: nothing drawn, nothing trained."""
         self.clock = self.rollout_step = self.cursor = self.policy_version = self.skipped_updates = 0
         self.required, self.loss_terms = [], []
+        self.init_reporting()
         self.last_rollouts = None
         self._sampler_state: dict[str, Any] | None = None
+        self.update_index = 0
+        self._mismatch_known = False
+        self._boundary: dict[str, Any] | None = None
         self._prepared = False
-        self.interrupted = False
+        self.interrupted = self.sampled_plainly = False
 
     # Set-up --------------------------------------------------------------------------------------------------------
 
@@ -123,21 +125,25 @@ class RunState:
         for term in self.loss_terms:
             for signal in term.requires:
                 wanted.setdefault(signal, []).append(f"the loss term {term.name!r}")
-        present = {"logprobs.sampler", "rewards", "lengths", *self.sampler.provides}
-        if self.keep_entropy:
-            present.add("entropy")
+        present = {"lengths", *self.sampler.provides}
+        if self.rewards:
+            present.add("rewards")
+        present |= {f"reward_terms.{r.name}" for r in self.rewards}
+        if not self.keep_entropy:
+            present.discard("entropy")
         if any(r.verifier for r in self.rewards):
             present.add("correct")
+        self.providers = {**self.default_providers(), **self.providers}
         hints = {
             "logprobs.reference": "set `reference` of the method (lit_rl.policies.FrozenCopy, for example)",
+            "logprobs.sampler": f"{type(self.sampler).__name__} does not sample, so there are none",
             "correct": "mark one reward as the verifier (verifier: true)",
-            "entropy": "set keep_entropy: true",
         }
         for signal, by in wanted.items():
             if signal not in present and signal not in self.providers:
                 hint = hints.get(signal, f"register a provider in module.providers[{signal!r}]")
                 raise ValueError(f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.")
-        self.required = [s for s in self.providers if s in wanted]
+        self.required = [s for s in self.providers if s in wanted and s not in present]
         self.sampler.check_setup(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             check = getattr(callback, "check_setup", None)
@@ -151,8 +157,8 @@ class RunState:
         self.model, self.tokenizer = self.policy.load()
         self.encoder = self.encoder_factory(self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
         self.strict_loading: bool = all(p.requires_grad for p in self.model.parameters())
-        if self.reference is not None:
-            self.reference.setup(self.model)
+        for frozen in self.frozen_policies().values():
+            frozen.setup(self.model)
 
     def configure_optimizers(self: RLModule) -> Any:
         """The optimizer over the trainable parameters, with the scheduler if there is one."""
@@ -167,8 +173,8 @@ class RunState:
             return
         for reward in self.rewards:
             reward.self_test()
-        if self.reference is not None:
-            self.reference.to(self.device)
+        for frozen in self.frozen_policies().values():
+            frozen.to(self.device)
         self.sampler.setup(self.model, self.tokenizer)
         self.sampler.sync(self.model, self.policy_version)
         if self._sampler_state is not None:
@@ -193,6 +199,23 @@ class RunState:
             if file_writer is not None:
                 file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=self.clock))
 
+    def begin_step(self: RLModule) -> None:
+        """Between two steps (called by the datamodule): let whoever saves the run do so."""
+        self.begin_reporting()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_step_boundary"):
+                callback.on_step_boundary(self.trainer, self)
+
+    def on_train_batch_start(self: RLModule, batch: Any, batch_idx: int) -> int | None:
+        """-1 ends the run without another step, if it was stopped at the boundary."""
+        return -1 if self.trainer.should_stop and self.stop_requested() else None
+
+    def on_train_batch_end(self: RLModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the callbacks: one of them may have rewound the run, and each may have logged something."""
+        if self.rollout_step >= self.max_rollouts:
+            self.trainer.should_stop = True
+        self.end_reporting()
+
     def teardown(self: RLModule, stage: str) -> None:
         """Release processes; a later stage starts them again."""
         for reward in self.rewards:
@@ -208,33 +231,40 @@ class RunState:
         return any(c.stop_requested() for c in callbacks if hasattr(c, "stop_requested"))
 
     def agree_to_stop(self: RLModule) -> bool:
-        """Whether any rank was asked to stop: then all of them throw the interrupted step away."""
-        self.interrupted = bool(ranks.all_max(torch.tensor(int(self.stop_requested()), device=self.device)))
-        return self.interrupted
+        """Whether any rank was asked to stop: then all of them throw the step away."""
+        return bool(ranks.all_max(torch.tensor(int(self.stop_requested()), device=self.device)))
 
-    def boundary(self: RLModule) -> dict[str, Any]:
-        """What a step may have changed by the time that it is interrupted."""
-        callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
-        states = {c.state_key: _clone(c.state_dict()) for c in callbacks}
-        return {"cursor": self.cursor, "callbacks": states, "sampler": self.sampler.boundary()}
+    def remember_boundary(self: RLModule) -> None:
+        """Keep what the step that begins may change before it is interrupted."""
+        states = {c.state_key: _clone(c.state_dict()) for c in self._rollout_callbacks()}
+        self._boundary = {"cursor": self.cursor, "callbacks": states, "sampler": self.sampler.boundary()}
 
-    def return_to(self: RLModule, boundary: dict[str, Any]) -> None:
-        """Undo an interrupted step: it will be drawn again when the run is resumed."""
-        self.cursor = boundary["cursor"]
-        self.sampler.return_to(boundary["sampler"])
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if callback.state_key in boundary["callbacks"]:
-                callback.load_state_dict(boundary["callbacks"][callback.state_key])
+    def undo_interrupted_step(self: RLModule) -> None:
+        """Go back to the boundary before a step that was interrupted: it will be drawn again."""
+        if not self.interrupted or self._boundary is None:
+            return
+        self.cursor = self._boundary["cursor"]
+        self.sampler.return_to(self._boundary["sampler"])
+        for callback in self._rollout_callbacks():
+            callback.load_state_dict(self._boundary["callbacks"][callback.state_key])
+        for reward in self.rewards:
+            reward.pop_failures()
+        self.interrupted, self._boundary = False, None
+
+    def _rollout_callbacks(self: RLModule) -> list[Any]:
+        """Callbacks that take part in a step."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if isinstance(c, RolloutCallback) or any(hasattr(c, hook) for hook in HOOKS)]
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self: RLModule, checkpoint: dict[str, Any]) -> None:
         """Add both clocks, the cursor, the sampler's and the reference's state; leave frozen weights out."""
-        frozen = {f"model.{n}" for n, p in self.model.named_parameters() if not p.requires_grad}
+        named = self.model.named_parameters(remove_duplicate=False)  # tied weights have two names
+        frozen = {f"model.{n}" for n, p in named if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        steps = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
-        if "_batches_that_stepped" in steps:  # the x-axis of every log is the clock, also after an interrupted step
-            steps["_batches_that_stepped"] = self.clock
+        if "fit_loop" in checkpoint.get("loops", {}):
+            count_as_clock(checkpoint["loops"]["fit_loop"], self.clock)
         checkpoint["lit_rl"] = {
             "clock": self.clock,
             "rollout_step": self.rollout_step,
@@ -244,8 +274,8 @@ class RunState:
             "seed": self.seed,
             "threads": torch.get_num_threads(),
             "data": self.stream.fingerprint() if hasattr(self, "stream") else None,
-            "sampler": self.sampler.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
+            "sampler": ranks.gather_objects(self.sampler.state_dict()),  # each rank carries over its own
+            "frozen": {name: frozen.state_dict() for name, frozen in self.frozen_policies().items()},
         }
 
     def on_load_checkpoint(self: RLModule, checkpoint: dict[str, Any]) -> None:
@@ -255,9 +285,14 @@ class RunState:
         state = checkpoint["lit_rl"]
         for name in ("clock", "rollout_step", "cursor", "policy_version", "skipped_updates"):
             setattr(self, name, state[name])
-        self._sampler_state = state["sampler"]
-        if self.reference is not None and state["reference"] is not None:
-            self.reference.load_state_dict(state["reference"])
+        if len(state["sampler"]) == ranks.world_size():
+            self._sampler_state = state["sampler"][ranks.rank()]
+        elif any(state["sampler"]):
+            rank_zero_warn(
+                f"The checkpoint was written by {len(state['sampler'])} ranks and is resumed by {ranks.world_size()}: "
+                "prompts and completions that the sampler carried over are dropped."
+            )
+        self._load_frozen(state["frozen"])
         mine: dict[str, Any] = {"seed": self.seed, "threads": torch.get_num_threads()}
         mine["data"] = self.stream.fingerprint() if hasattr(self, "stream") else state["data"]
         for name, value in mine.items():
@@ -269,29 +304,34 @@ class RunState:
 
     def training_state(self: RLModule) -> dict[str, Any]:
         """Everything that a rewind restores, as tensors and plain values (cloned)."""
-        optimizers = self.optimizers(use_pl_optimizer=False)
         scheduler: Any = self.lr_schedulers()
         rewinding = [c for c in self.trainer.callbacks if getattr(c, "rewinds", False)]  # type: ignore[attr-defined]
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         return {
-            "model": {n: p.detach().clone() for n, p in trainable.items()},
-            "optimizer": _clone(optimizers.state_dict()),  # type: ignore[union-attr]
+            "weights": {n: p.detach().clone() for n, p in self.named_parameters() if p.requires_grad},
+            "optimizers": [_clone(o.state_dict()) for o in self._plain_optimizers()],
             "scheduler": None if scheduler is None else _clone(scheduler.state_dict()),
             "cursor": self.cursor,
             "rollout_step": self.rollout_step,
+            "frozen": {name: frozen.state_dict() for name, frozen in self.frozen_policies().items()},
             "callbacks": {c.state_key: _clone(c.state_dict()) for c in rewinding},
         }
 
+    def _plain_optimizers(self: RLModule) -> list[Any]:
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
     @torch.no_grad()
     def load_training_state(self: RLModule, state: dict[str, Any]) -> None:
-        """Rewind: weights, optimizer, scheduler, cursor, ``rollout_step`` and the callbacks that rewind.
+        """Rewind: weights, optimizers, scheduler, reference, cursor, ``rollout_step``, the callbacks that rewind.
 
         Call it between steps (from ``on_train_batch_end``). ``clock`` and ``policy_version`` go on forward.
         """
-        for name, parameter in self.model.named_parameters():
-            if name in state["model"]:
-                parameter.copy_(state["model"][name])
-        self.optimizers(use_pl_optimizer=False).load_state_dict(_clone(state["optimizer"]))  # type: ignore[union-attr]
+        for name, parameter in self.named_parameters():
+            if name in state["weights"]:
+                parameter.copy_(state["weights"][name])
+        for optimizer, saved in zip(self._plain_optimizers(), state["optimizers"]):
+            optimizer.load_state_dict(_clone(saved))
+        self._load_frozen(state["frozen"])
         if state["scheduler"] is not None:
             self.lr_schedulers().load_state_dict(_clone(state["scheduler"]))  # type: ignore[union-attr]
         self.cursor, self.rollout_step = state["cursor"], state["rollout_step"]
@@ -302,34 +342,22 @@ class RunState:
         self.sampler.on_rewind(self.model)
         self.sampler.sync(self.model, self.policy_version)
 
-    # Logging -------------------------------------------------------------------------------------------------------
-
-    def log_step(self: RLModule, numbers: dict[str, float]) -> None:
-        """One log call for everything that was measured in a step."""
-        square = numbers.pop("_reward_square", None)
-        if square is not None:
-            numbers["reward/std"] = max(0.0, square - numbers["reward/mean"] ** 2) ** 0.5
-        weight_square = numbers.pop("_correction_square", None)
-        if weight_square is not None:  # effective sample share (Σw)² / (n Σw²)
-            numbers["policy/correction_ess"] = numbers["policy/correction_mean"] ** 2 / max(weight_square, 1e-300)
-        seconds, tokens = numbers["time/step"], numbers.get("rollout/tokens", 0.0)
-        numbers["speed/tokens_per_second"] = tokens / seconds
-        numbers["policy/lr"] = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
-        numbers["rollout_step"] = float(self.rollout_step)
-        numbers["memory/peak_gib"] = peak_memory_gib(self.device)
-        if self.skipped_updates:
-            numbers["policy/skipped_updates"] = float(self.skipped_updates)
-        shown = {k: v for k, v in numbers.items() if k in PROGRESS_BAR}
-        self.log_dict(shown, prog_bar=True)
-        self.log_dict({k: v for k, v in numbers.items() if k not in PROGRESS_BAR})
+    def _load_frozen(self: RLModule, states: dict[str, Any]) -> None:
+        for name, frozen in self.frozen_policies().items():
+            if name in states:
+                frozen.load_state_dict(states[name])
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated on the accelerator, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def count_as_clock(loop: dict[str, Any], clock: int) -> None:
+    """Write Lightning's counters as they are between two batches of its one endless epoch, after ``clock`` batches.
+
+    Then it makes no difference where in its loops a checkpoint was saved, nor whether a step was interrupted.
+    """
+    for scope in ("total", "current"):
+        loop["epoch_loop.batch_progress"][scope] |= dict.fromkeys(("ready", "started", "processed", "completed"), clock)
+        loop["epoch_progress"][scope] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = clock
 
 
 def _clone(value: Any) -> Any:
@@ -338,6 +366,6 @@ def _clone(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, dict):
         return {k: _clone(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(_clone(v) for v in value)
     return value

@@ -46,7 +46,8 @@ class LossTerm:
     def raw(self) -> Tensor:
         """Scalar: this micro-batch's share of the global mean, coefficient left out."""
         trained = self.weights != 0
-        return (torch.where(trained, self.values, 0.0) * self.weights).sum() / self.denominator.clamp(min=1)
+        total = (torch.where(trained, self.values, 0.0) * self.weights).sum()
+        return total / torch.where(self.denominator > 0, self.denominator, 1.0)  # without a count there is no value
 
     def loss(self) -> Tensor:
         """Scalar: what is differentiated."""
@@ -77,7 +78,7 @@ class Signals:
 
     def mean(self, name: str, values: Tensor, where: Tensor) -> None:
         """Add the values at ``where`` (bool, same shape) to the mean that is logged as ``name``."""
-        total, count = torch.where(where, values.detach().float(), 0.0).sum(), where.sum().float()
+        total, count = torch.where(where, _wide(values), 0.0).sum(), where.sum()
         if name in self.sums:
             old = self.sums[name]
             total, count = total + old[0], count + old[1]
@@ -90,9 +91,14 @@ class Signals:
 
     def largest(self, name: str, values: Tensor, where: Tensor) -> None:
         """Let the values at ``where`` compete for the maximum that is logged as ``name``."""
-        if where.any():
-            value = torch.where(where, values.detach().float(), -torch.inf).max()
+        if values.numel():
+            value = torch.where(where, _wide(values), -torch.inf).max()
             self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Without gradient, and precise enough to be added up."""
+    return values.detach() if values.dtype == torch.float64 else values.detach().float()
 
 
 class Term(ABC):
@@ -101,10 +107,18 @@ class Term(ABC):
     Args:
         coefficient: a number, or the name of an attribute of the module (so that schedules can reach it).
         origins: rows of these origins are trained; None trains every row.
+
+    Attributes:
+        name: logged as ``loss/<name>``.
+        requires: signals that the term reads.
+        watched: whether the term is computed and logged while its coefficient is 0, without gradient.
+        needs_entropy: whether it reads ``current.entropy``.
+        needs_states: whether it reads ``current.states``.
     """
 
     name: str
     requires: frozenset[str] = frozenset()
+    watched: bool = False
     needs_entropy: bool = False
     needs_states: bool = False
 
@@ -191,12 +205,15 @@ class PolicyTerm(TokenTerm):
             for x in (now, old, mini.advantages, trained)
         ]
         (logprobs, mine), old, advantages, mask = gathered[0], *(g[0] for g in gathered[1:])
-        selected = self.surrogate.select(logprobs, old, advantages, mask.bool())
+        selected = self.surrogate.select(logprobs, old, advantages, mask.bool(), counter=module.update_index)
         mini.token["selected"] = selected[mine, : mini.width]
 
     def active(self, batch: Rollouts) -> Tensor:
         # A row whose advantages are all zero has no gradient: it counts in the mean but needs no forward pass.
-        return ((self.trained(batch) != 0) & (batch.advantages != 0)).any(1)
+        teaches = batch.advantages != 0
+        if "selected" in batch.token:
+            teaches = teaches | batch.token["selected"]
+        return ((self.trained(batch) != 0) & teaches).any(1)
 
     def values(self, batch: Rollouts, current: Current, signals: Signals) -> Tensor:
         trained = self.trained(batch) != 0
@@ -244,6 +261,7 @@ class KLTerm(TokenTerm):
     """A penalty for leaving the reference policy, estimated on the sampled tokens."""
 
     name = "kl"
+    watched = True
     requires = frozenset({"logprobs.reference"})
 
     def __init__(self, penalty: Any, **kwargs: Any) -> None:

@@ -8,18 +8,22 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rl import distributed as ranks
 from lit_rl.hooks import callbacks_with, dispatch
-from lit_rl.methods.batching import micro_batches, mini_batches
-from lit_rl.methods.terms import Current, LossTerm
+from lit_rl.methods.batching import mini_batch
+from lit_rl.methods.terms import Current, LossTerm, Term
 from lit_rl.policies import completion_states, token_logprobs
 from lit_rl.rollouts import Origin, Rollouts
 from lit_rl.storage import save_rollouts
 
 if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
+
+
+LARGE_MISMATCH = 0.05  # nats a token; rounding in half precision makes about 0.001
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -29,14 +33,27 @@ class NonFiniteGradientError(RuntimeError):
 class UpdateStage:
     """The update of an `RLModule` (manual optimisation)."""
 
+    @property
+    def updates_per_step(self: RLModule) -> int:
+        """Optimizer steps on each batch of rollouts."""
+        return self.updates_per_rollout * self.epochs_per_rollout
+
     def update(self: RLModule, rollouts: Rollouts) -> None:
         """Train on a batch: ``epochs_per_rollout`` × ``updates_per_rollout`` optimizer steps on every rank."""
-        steps = self.updates_per_rollout * self.epochs_per_rollout
+        steps = self.updates_per_step
         with self.ledger.timed("update"):
             self.model.train()
+            plain: Any = self.optimizers(use_pl_optimizer=False)
+            self.ledger.largest("policy/lr", torch.tensor(plain.param_groups[0]["lr"]))
             for step in range(steps):
-                mini = mini_batches(rollouts, self.updates_per_rollout)[step % self.updates_per_rollout]
-                self.optimize(mini, first=step == 0, last=step == steps - 1)
+                self.update_index = self.rollout_step * steps + step
+                # A mini-batch is a copy, so that every pass begins with the weights that the batch came with.
+                part = step % self.updates_per_rollout
+                mini = rollouts if steps == 1 else mini_batch(rollouts, self.updates_per_rollout, part)
+                known = len(rollouts.edits)
+                mini = self.optimize(mini, first=step == 0, last=step == steps - 1)
+                if mini is not rollouts:
+                    rollouts.edits += mini.edits[known:]
             scheduler = self.lr_schedulers()
             if scheduler is not None:
                 scheduler.step()  # type: ignore[union-attr, call-arg]
@@ -44,8 +61,12 @@ class UpdateStage:
             self.policy_version += 1
             self.sampler.sync(self.model, self.policy_version)
 
-    def optimize(self: RLModule, mini: Rollouts, first: bool, last: bool) -> None:
-        """One optimizer step on a mini-batch. Skipped on all ranks if none of them has anything to train on."""
+    def optimize(self: RLModule, mini: Rollouts, first: bool, last: bool) -> Rollouts:
+        """One optimizer step on a mini-batch, skipped on all ranks if none of them has anything to train on.
+
+        Returns:
+            The mini-batch after the callbacks.
+        """
         for term in self.loss_terms:
             term.prepare(self, mini)
         mini = dispatch(self.trainer, self, "on_loss_weights", mini)
@@ -56,7 +77,7 @@ class UpdateStage:
         counts = torch.stack([*(term.averaging(mini)[1].to(self.device) for term in self.loss_terms), active.sum()])
         counts = ranks.all_sum(counts.double())
         if not counts[-1]:
-            return
+            return mini
         denominators = counts[:-1].unbind()
         optimizer: Any = self.optimizers()
         optimizer.zero_grad(set_to_none=True)
@@ -67,6 +88,7 @@ class UpdateStage:
             optimizer.step()
         else:  # not counted in trainer.global_step, which counts rollout steps
             self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing, model=self)
+        return mini
 
     def accumulate_gradients(
         self: RLModule, mini: Rollouts, rows: Tensor, denominators: tuple[Tensor, ...], first: bool
@@ -84,40 +106,48 @@ class UpdateStage:
             quiet = nullcontext() if synchronise or world == 1 else strategy.block_backward_sync()
             with quiet:
                 loss = self.micro_loss(active.select(part).trim(), denominators, first)
-                if synchronise and world > 1:
+                if (synchronise and world > 1) or not loss.requires_grad:  # a callback may have silenced every term
                     loss = loss + _zero_anchor(self.model)
                 self.manual_backward(loss * world)  # DDP averages over ranks; the denominators are global already
-
-    def micro_batch_rows(self: RLModule, batch: Rollouts) -> list[Tensor]:
-        """Row indices of the micro-batches of a batch, within the token budget."""
-        return [rows.to(batch.device) for rows in micro_batches(batch, self.micro_batch_tokens)]
 
     def micro_loss(self: RLModule, micro: Rollouts, denominators: tuple[Tensor, ...], first: bool) -> Tensor:
         """Scalar loss of one micro-batch."""
         wanted = torch.zeros_like(micro.completion_mask)
-        for term in self.loss_terms:
+        live = self.live_terms()
+        for term in live:
             wanted |= term.trained(micro) != 0
-        entropy = any(term.needs_entropy for term in self.loss_terms)
-        current = self.current(micro, wanted, entropy, states=any(term.needs_states for term in self.loss_terms))
+        entropy = any(term.needs_entropy for term in live)
+        current = self.current(micro, wanted, entropy, states=any(term.needs_states for term in live))
         if first:
             self.record_mismatch(micro, current, wanted)
         for callback in callbacks_with(self.trainer, "on_micro_batch"):
             callback.on_micro_batch(self.trainer, self, micro, current)
         terms = self.losses(micro, current, denominators)
+        silent = [term.coefficient == 0 for term in terms]
         for callback in callbacks_with(self.trainer, "on_loss_terms"):
             callback.on_loss_terms(self.trainer, self, terms)
-        for loss_term in terms:
-            self.ledger.total(f"loss/{loss_term.name}", loss_term.raw().detach())
+        for loss_term, was_silent in zip(terms, silent):
+            self.ledger.total(f"loss/{loss_term.name}", loss_term.raw().detach() / self.updates_per_step)
+            if was_silent and float(loss_term.coefficient) != 0:
+                raise RuntimeError(
+                    f"on_loss_terms gave the term {loss_term.name!r} a coefficient, but it was computed without "
+                    "gradient because the method's own is 0: set that one, and scale it in on_loss_terms."
+                )
         return sum((t.loss() for t in terms if float(t.coefficient) != 0), start=micro.loss_weights.new_zeros(()))
+
+    def live_terms(self: RLModule) -> list[Term]:
+        """The terms that are computed: those with a coefficient, and those that are watched without one."""
+        return [term for term in self.loss_terms if term.watched or term.coefficient(self) != 0]
 
     def current(self: RLModule, micro: Rollouts, wanted: Tensor, entropy: bool, states: bool = False) -> Current:
         """The policy's log-probabilities of a micro-batch, with gradient, and the hidden states if asked for."""
         behind = completion_states(
             self.model,
-            [micro.prompts.ids[g] for g in micro.group.tolist()],
+            micro.prompts.ids,
             micro.completion_ids,
             micro.completion_mask,
             micro.lengths,
+            prompt_index=micro.group,
             wanted=wanted,
         )
         temperature = self.sampling.temperature or 1.0
@@ -129,6 +159,8 @@ class UpdateStage:
         out = []
         for term, denominator in zip(self.loss_terms, denominators):
             coefficient = term.coefficient(self)
+            if coefficient == 0 and not term.watched:
+                continue
             with torch.set_grad_enabled(coefficient != 0):
                 values = term.values(micro, current, self.ledger.signals)
             out.append(LossTerm(term.name, values, term.averaging(micro)[0], denominator.to(values), coefficient))
@@ -143,6 +175,20 @@ class UpdateStage:
         gap = torch.where(where, current.logprobs.detach() - micro.logprobs["sampler"], 0.0)
         self.ledger.mean("policy/kl_sampler", gap.exp() - gap - 1, where)
         self.ledger.largest("policy/sampler_gap_max", gap.abs(), where)
+
+    def warn_of_mismatch(self: RLModule, numbers: dict[str, float]) -> None:
+        """Say so if the first batch shows that sampler and trainer do not speak of the same distribution."""
+        gap = numbers.get("policy/kl_sampler")
+        if gap is None or self._mismatch_known:
+            return
+        self._mismatch_known = True
+        if not gap < LARGE_MISMATCH:
+            rank_zero_warn(
+                f"The sampler's log-probabilities differ from the policy's own by a KL of {gap:.3g} nats a token "
+                f"(policy/kl_sampler). {type(self.sampler).__name__} must return them after temperature and over the "
+                "support that was sampled from, for the policy's current weights. If it samples in another precision, "
+                "or from older weights, set `correction`."
+            )
 
     def gradient_is_usable(self: RLModule, mini: Rollouts) -> bool:
         """Clip the gradient; False (or an error) if it is not finite. Under fp16 the scaler decides instead."""

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lit_rl.rollouts import Prompts, Rollouts, occurrence
+from lit_rl.rollouts import Edit, Prompts, Rollouts, occurrence
 
 if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
@@ -90,6 +90,7 @@ class RolloutRequest:
         noise: how the noise of a position becomes a token: ``"uniform"`` by inverting the distribution function,
             ``"gumbel"`` by the Gumbel-max trick, which makes two similar policies draw the same token most often. A
             sampler that cannot do the latter raises ``ValueError``.
+        edits: what callbacks changed, as recorded by the dispatcher.
     """
 
     prompts: Prompts
@@ -104,9 +105,32 @@ class RolloutRequest:
     entropy: bool = True
     wanted: int | None = None
     noise: Literal["uniform", "gumbel"] = "uniform"
+    edits: list[Edit] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.group)
+
+    def clone(self) -> RolloutRequest:
+        """A copy whose settings and tensors may be changed without touching this one (prompts are shared)."""
+        budgets = None if self.budgets is None else self.budgets.clone()
+        copied = {"group": self.group.clone(), "sample": self.sample.clone(), "budgets": budgets}
+        return replace(self, sampling=replace(self.sampling), edits=list(self.edits), **copied)
+
+    def diff(self, before: RolloutRequest, skip: Collection[str] = ()) -> dict[str, int]:
+        """Names of the settings that differ from ``before``, and in how many entries; those in ``skip`` left out."""
+        changed: dict[str, int] = {}
+        for name in ("group", "sample", "budgets"):
+            new, old = getattr(self, name), getattr(before, name)
+            if (new is None) != (old is None) or (new is not None and not torch.equal(new, old)):
+                changed[name] = max(0 if x is None else len(x) for x in (new, old))
+        for setting in fields(Sampling):
+            if getattr(self.sampling, setting.name) != getattr(before.sampling, setting.name):
+                changed[f"sampling.{setting.name}"] = 1
+        for name in ("prompts", "prefix"):
+            if getattr(self, name) is not getattr(before, name):
+                changed[name] = len(self)
+        changed |= {name: 1 for name in ("seed", "noise") if getattr(self, name) != getattr(before, name)}
+        return {name: entries for name, entries in changed.items() if name not in skip}
 
     @classmethod
     def for_groups(
@@ -128,14 +152,14 @@ class RolloutSampler(ABC):
         in_process: shares the trainer's weights (see above).
         carries_over: holds prompts or completions from one step to the next.
         continues_prefix: can continue the completions in ``RolloutRequest.prefix``.
-        provides: further signals in every batch, such as ``"rewards"`` where an environment gives them.
+        provides: signals in every batch, such as ``"entropy"``, or ``"rewards"`` where an environment gives them.
         loss_correction: what the policy loss needs because of how this sampler works, if the method sets nothing.
     """
 
     in_process: bool = False
     carries_over: bool = False
     continues_prefix: bool = True
-    provides: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset({"logprobs.sampler"})
     loss_correction: OffPolicyCorrection | None = None
 
     def setup(self, model: torch.nn.Module, tokenizer: Any) -> None:

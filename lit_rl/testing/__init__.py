@@ -15,7 +15,7 @@ from lit_rl.testing.checks import (
     check_split_invariance,
     loss_and_gradients,
 )
-from lit_rl.testing.ranks import run_on_ranks
+from lit_rl.testing.ranks import run_on_ranks, start_process
 from lit_rl.testing.sampler_bench import SamplerBench
 from lit_rl.testing.sampler_promises import SAMPLER_PROMISES, check_sampler
 from lit_rl.testing.toys import ToyData, final_state, make_module, make_policy, make_trainer, toy_reward, train
@@ -36,6 +36,7 @@ __all__ = [
     "make_policy",
     "make_trainer",
     "run_on_ranks",
+    "start_process",
     "toy_reward",
     "train",
 ]

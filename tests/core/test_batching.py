@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lit_rl.methods.batching import micro_batches, mini_batches, sequence_lengths
+from lit_rl.methods.batching import micro_batches, mini_batch, sequence_lengths
 from tests.core.test_rollouts import make_rollouts
 
 
@@ -38,7 +38,7 @@ def test_no_rows_no_micro_batches():
 
 def test_mini_batches_deal_groups_out_in_turn():
     rollouts = make_rollouts([1] * 8, [0, 0, 1, 1, 2, 2, 3, 3])
-    first, second = mini_batches(rollouts, 2)
+    first, second = (mini_batch(rollouts, 2, index) for index in range(2))
     assert [first.prompts.text, second.prompts.text] == [["p0", "p2"], ["p1", "p3"]]
     assert len(first) == len(second) == 4
 
