@@ -31,11 +31,12 @@ class GrowingLayer(CacheLayerMixin):
         """Append ``[n, heads, q, dim]`` and return everything so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.reserve(self.length)
-        self.keys[: self.rows, :, start : self.length] = key_states
-        self.values[: self.rows, :, start : self.length] = value_states
-        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
+        start, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end)
+        self.length = end
+        self.keys[: self.rows, :, start:end] = key_states
+        self.values[: self.rows, :, start:end] = value_states
+        return self.keys[: self.rows, :, :end], self.values[: self.rows, :, :end]
 
     def reserve(self, columns: int) -> None:
         """Make room for ``columns`` columns; grows by a half at least, so that copying stays a small share."""
