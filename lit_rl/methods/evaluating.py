@@ -9,8 +9,10 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rl.distributed import union_of_names
+from lit_rl.methods.reporting import PROGRESS_BAR, Ledger
 from lit_rl.metrics.generation import GenerationMetrics
 from lit_rl.predictions import prediction_rows
 from lit_rl.rollouts import Rollouts
@@ -103,9 +105,23 @@ class Evaluation:
             unknown = {k: math.nan for k in numbers if k not in self.trainer.callback_metrics}
             self.log_dict(unknown, logger=False)  # or callbacks that monitor them would complain
             return
+        numbers |= self.evaluation_failures(prefix)
         self.evaluation = numbers
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.show_numbers(numbers, PROGRESS_BAR)
+            self.write_numbers(numbers)  # at the clock of the step that it follows
+            return
+        # Lightning prints and returns what is logged.
         self.log_dict({k: v for k, v in numbers.items() if k == f"{prefix}/pass@1"}, prog_bar=True)
         self.log_dict({k: v for k, v in numbers.items() if k != f"{prefix}/pass@1"})
+
+    def evaluation_failures(self: RLModule, prefix: str) -> dict[str, float]:
+        """Rows that rewards failed on, over all ranks; they do not count as failures of training."""
+        ledger = Ledger()
+        for reward in self.rewards:
+            for kind, count in reward.pop_failures().items():
+                ledger.total(f"{prefix}/{reward.name}_{kind}", float(count))
+        return ledger.reduce(self.device)
 
     def evaluation_numbers(self: RLModule, prefix: str) -> dict[str, float]:
         """Everything that the metrics know, over all ranks: log name -> value."""
