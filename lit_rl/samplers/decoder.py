@@ -89,7 +89,7 @@ class ModelDecoder:
         `batch_rows` of them stay, all that are alive included. Rows from the end move into the holes, so that no more
         is copied than was dropped.
         """
-        count = self.batch_rows(int(alive.sum()))
+        count = min(self.batch_rows(int(alive.sum())), len(alive))
         order = torch.arange(count, device=alive.device)
         tail = alive[count:].nonzero()[:, 0] + count
         holes = (~alive[:count]).nonzero()[: len(tail), 0]

@@ -74,10 +74,9 @@ def tiny_model(family: str, vocab_size: int = 48, **changes: Any) -> torch.nn.Mo
     }
     torch.manual_seed(0)
     if family == "GPT2":
-        config: Any = hf.GPT2Config(
-            vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3,
-            pad_token_id=0, eos_token_id=1, bos_token_id=2, **changes,
-        )  # fmt: skip
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3}
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+        config: Any = hf.GPT2Config(**{"vocab_size": vocab_size, **sizes, **ids, **changes})
         return hf.GPT2LMHeadModel(config).eval()
     if family == "Mamba":
         config = hf.MambaConfig(
