@@ -85,6 +85,7 @@ def _packed(numbers: list[Tensor], device: torch.device) -> Tensor:
 
 def rollout_statistics(rollouts: Rollouts, ledger: Ledger) -> None:
     """Record what a batch looks like after every hook has run: rewards, lengths, ends, signal."""
+    rollouts = reported_rows(rollouts)
     rewards = rollouts.rewards
     if rollouts.reward_terms:
         ledger.mean("reward/mean", rewards)
@@ -107,6 +108,16 @@ def rollout_statistics(rollouts: Rollouts, ledger: Ledger) -> None:
     ledger.largest("memory/peak_gib", torch.tensor(peak_memory_gib(rollouts.device)))
     ledger.total("rollout/completions", float(len(rollouts)))
     ledger.total("rollout/tokens", generated.sum())
+
+
+def reported_rows(rollouts: Rollouts) -> Rollouts:
+    """The rows that statistics are about: those that a model wrote, or all where there are none (supervised training).
+
+    Replayed text beside them would hide what the policy does.
+    """
+    sampled = rollouts.sampled
+    anywhere = all_max(sampled.any().long())  # a rank that drew nothing but demonstrations reports none of them
+    return rollouts.select(sampled) if int(anywhere) and not bool(sampled.all()) else rollouts
 
 
 def zero_signal(rollouts: Rollouts) -> Tensor:
