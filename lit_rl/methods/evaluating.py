@@ -104,6 +104,7 @@ class Evaluation:
         if self.agree_to_stop():  # completions were cut short: no number is better than a wrong one
             unknown = {k: math.nan for k in numbers if k not in self.trainer.callback_metrics}
             self.log_dict(unknown, logger=False)  # or callbacks that monitor them would complain
+            self.validation_is_due = not self.interrupted  # that of an undone step was not
             return
         numbers |= self.evaluation_failures(prefix)
         self.evaluation = numbers

@@ -36,6 +36,7 @@ class RunState:
     skipped_updates: int
     interrupted: bool  # the step that runs, or ran last, was cut short and will be undone
     update_index: int  # optimizer steps before the one that runs
+    validation_is_due: bool  # it was cut short by a signal
     sampled_plainly: bool  # with the module's own temperature, from the full support
     loss_terms: list[Term]
     last_rollouts: Rollouts | None
@@ -51,7 +52,7 @@ class RunState:
         self._mismatch_known = False
         self._boundary: dict[str, Any] | None = None
         self._prepared = False
-        self.interrupted = self.sampled_plainly = False
+        self.interrupted = self.sampled_plainly = self.validation_is_due = False
 
     # Set-up --------------------------------------------------------------------------------------------------------
 
@@ -202,6 +203,8 @@ class RunState:
     def begin_step(self: RLModule) -> None:
         """Between two steps (called by the datamodule): let whoever saves the run do so."""
         self.begin_reporting()
+        # Where callbacks of Lightning log; it counts a validation after a resume as one more step.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.clock
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "on_step_boundary"):
                 callback.on_step_boundary(self.trainer, self)
@@ -212,6 +215,7 @@ class RunState:
 
     def on_train_batch_end(self: RLModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the callbacks: one of them may have rewound the run, and each may have logged something."""
+        self.validation_is_due = False
         if self.rollout_step >= self.max_rollouts:
             self.trainer.should_stop = True
         self.end_reporting()
@@ -264,7 +268,7 @@ class RunState:
         frozen = {f"model.{n}" for n, p in named if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         if "fit_loop" in checkpoint.get("loops", {}):
-            count_as_clock(checkpoint["loops"]["fit_loop"], self.clock)
+            count_as_clock(checkpoint["loops"]["fit_loop"], self.clock, self.validation_is_due)
         checkpoint["lit_rl"] = {
             "clock": self.clock,
             "rollout_step": self.rollout_step,
@@ -348,16 +352,25 @@ class RunState:
                 frozen.load_state_dict(states[name])
 
 
-def count_as_clock(loop: dict[str, Any], clock: int) -> None:
+def count_as_clock(loop: dict[str, Any], clock: int, validation_is_due: bool) -> None:
     """Write Lightning's counters as they are between two batches of its one endless epoch, after ``clock`` batches.
 
     Then it makes no difference where in its loops a checkpoint was saved, nor whether a step was interrupted.
+
+    Args:
+        loop: the state of Lightning's fit loop.
+        clock: batches so far.
+        validation_is_due: a validation was cut short, and is to be done before anything else.
     """
     for scope in ("total", "current"):
         loop["epoch_loop.batch_progress"][scope] |= dict.fromkeys(("ready", "started", "processed", "completed"), clock)
         loop["epoch_progress"][scope] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     loop["epoch_loop.batch_progress"]["is_last_batch"] = False
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = clock
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    begun = 1 if validation_is_due else 0  # one batch that was started and not processed: "go back and finish"
+    validation["total"] |= {"ready": begun, "started": begun, "processed": 0, "completed": 0}
+    validation["current"] |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
 
 
 def _clone(value: Any) -> Any:

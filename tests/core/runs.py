@@ -92,21 +92,23 @@ def logged_run(
     return module
 
 
-def run_in_child(folder: Path, policy: Path, max_rollouts: int, every: int, pause: float = 0.0) -> None:
+def run_in_child(folder: Path, policy: Path, max_rollouts: int, every: int, pause: float, after: int = 0) -> None:
     """`logged_run` as the command line ends it: exit status 130 or 143 after a signal."""
-    module = logged_run(folder, policy, max_rollouts, every=every, callbacks=[Pause(pause)])
+    module = logged_run(folder, policy, max_rollouts, every=every, callbacks=[Pause(pause, after)])
     saver = next(c for c in module.trainer.callbacks if isinstance(c, RolloutCheckpoint))
     sys.exit(0 if saver.received is None else 128 + saver.received)
 
 
 class Pause(Callback):
-    """Slows a run down, so that whoever signals it meets it at work."""
+    """Slows steps down from a clock on, so that whoever signals the run meets it at work, and leaves a file then."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, after: int) -> None:
+        self.seconds, self.after = seconds, after
 
     def on_rollouts(self, trainer: Any, module: Any, rollouts: Any) -> None:
-        time.sleep(self.seconds)
+        if module.clock >= self.after:
+            (module.run_dir / "pausing").touch()
+            time.sleep(self.seconds)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
