@@ -10,13 +10,15 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lit_rl.data import PromptDataModule
 from lit_rl.methods.module import RLModule
 from lit_rl.methods.reporting import Ledger
 from lit_rl.rollouts import Rollouts
-from lit_rl.testing.toys import final_state, make_module, make_policy, train
+from lit_rl.testing.toys import ToyData, final_state, make_module, make_policy, train
 
 Callbacks = Callable[[], Sequence[Callback]]
 Module = Callable[[Path], RLModule]
+Data = Callable[[], PromptDataModule]
 
 
 def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -42,7 +44,9 @@ def check_neutral(folder: Path, callbacks: Callbacks, module: Module = make_modu
     assert_same_weights(final_state(plain), final_state(changed))
 
 
-def check_resume(folder: Path, callbacks: Callbacks = list, module: Module = make_module, at: int = 3) -> None:
+def check_resume(
+    folder: Path, callbacks: Callbacks = list, module: Module = make_module, at: int = 3, data: Data = ToyData
+) -> None:
     """Stopping after ``at`` steps and resuming gives the weights and callback states of an uninterrupted run.
 
     Args:
@@ -50,16 +54,18 @@ def check_resume(folder: Path, callbacks: Callbacks = list, module: Module = mak
         callbacks: builds the callbacks.
         module: builds the method from the folder of a policy.
         at: clock at which the run is interrupted.
+        data: builds the datamodule.
     """
     policy = make_policy(folder / "policy")
     whole, part, rest = module(policy), module(policy), module(policy)
     first = callbacks()
-    train(folder / "whole", whole, first)
+    train(folder / "whole", whole, first, data=data())
     stopper = StopAt(at)
-    train(folder / "parts", part, [*callbacks(), stopper])
+    train(folder / "parts", part, [*callbacks(), stopper], data=data())
     assert part.clock == at, f"the run was to stop at clock {at} but stopped at {part.clock}"
     second = callbacks()
-    train(folder / "parts", rest, second, checkpoint=folder / "parts" / "checkpoints" / f"clock{at:08d}.ckpt")
+    saved = folder / "parts" / "checkpoints" / f"clock{at:08d}.ckpt"
+    train(folder / "parts", rest, second, checkpoint=saved, data=data())
     assert_same_weights(final_state(whole), final_state(rest))
     assert (whole.clock, whole.rollout_step, whole.cursor) == (rest.clock, rest.rollout_step, rest.cursor)
     for mine, theirs in zip(first, second):
