@@ -79,6 +79,8 @@ def logged_run(
 ) -> RLModule:
     """A run with TensorBoard, validation, checkpoints and stateful callbacks; returns its module."""
     module = full_module(policy, max_rollouts, **options)
+    # TensorBoard reads event files in the order of their names, which hold the second in which they were begun.
+    wait_until(lambda: not list(folder.glob(f"events.out.tfevents.{int(time.time())}.*")))
     train(
         folder,
         module,
