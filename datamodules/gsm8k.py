@@ -65,7 +65,7 @@ class GSM8KDataModule(TextDataModule):
 def demonstration(record: Record) -> Record:
     r"""A row of GSM8K with its solution, and the answer in a box, as the completion.
 
-    >>> demonstration({"question": "2 pens for $3?", "answer": "2*3=<<2*3=6>>6\\n#### 6"})["completion"]
+    >>> demonstration({"question": "2 pens for $3?", "answer": "2*3=<<2*3=6>>6\n#### 6"})["completion"]
     '2*3=6\nThe answer is \\boxed{6}.'
     """
     record = formats.gsm8k(record)
