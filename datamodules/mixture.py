@@ -18,7 +18,8 @@ class MixtureDataModule(PromptDataModule):
     reward and data that is kept by likelihood (``sft_coef`` of `GRPO`) stand side by side.
 
     Args:
-        sources: the datamodules by name. One without training data adds its evaluation sets only.
+        sources: the datamodules by name. One without training data adds its evaluation sets only. A mixture may be
+            part of another; its records then have the name that it has there.
         weights: relative frequency of each source in training; default: all alike.
         seed: decides the order.
         eval_batch_size: prompts of one evaluation batch on one rank.

@@ -2,12 +2,12 @@
 """Rows become records: renamed, mapped, filtered, made into prompts, divided and counted off."""
 
 import doctest
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from inputs_data import rows_file
 
 from lit_rl.data import PromptDataModule
 from lit_rl.datamodules import EvalSource, Source, TextDataModule, formats, sources
@@ -17,12 +17,7 @@ ROWS = [{"question": f"{i}+1?", "answer": str(i + 1), "level": i % 3} for i in r
 
 @pytest.fixture
 def table(tmp_path: Path) -> str:
-    return write(tmp_path / "sums.jsonl", ROWS)
-
-
-def write(file: Path, rows: list[Any]) -> str:
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(file)
+    return rows_file(tmp_path / "sums.jsonl", ROWS)
 
 
 def even(record: dict[str, Any]) -> bool:
@@ -69,17 +64,17 @@ def test_a_template_of_messages_gives_messages(table: str) -> None:
 
 
 def test_values_in_a_template_are_not_templates_themselves(tmp_path: Path) -> None:
-    file = write(tmp_path / "rows.jsonl", [{"q": "what is {answer}?", "answer": "secret"}])
+    file = rows_file(tmp_path / "rows.jsonl", [{"q": "what is {answer}?", "answer": "secret"}])
     assert Source(file, template="{q}").records()[0]["prompt"] == "what is {answer}?"
 
 
 def test_prompts_may_be_chat_messages_already(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    assert Source(write(tmp_path / "rows.jsonl", [{"prompt": messages}])).records()[0]["prompt"] == messages
+    assert Source(rows_file(tmp_path / "rows.jsonl", [{"prompt": messages}])).records()[0]["prompt"] == messages
 
 
 def test_the_limit_counts_what_is_kept_and_stops_reading(tmp_path: Path) -> None:
-    file = write(tmp_path / "rows.jsonl", [*({"prompt": "p", "answer": str(i)} for i in range(6)), "broken"])
+    file = rows_file(tmp_path / "rows.jsonl", [*({"prompt": "p", "answer": str(i)} for i in range(6)), "broken"])
     assert [r["answer"] for r in Source(file, filters=[even], limit=2).records()] == ["0", "2"]
     with pytest.raises(ValueError, match="line 7"):
         Source(file, filters=[even], limit=4).records()
@@ -91,7 +86,7 @@ def test_records_know_their_source(table: str, tmp_path: Path) -> None:
     assert Source(table, columns=columns, name="mine").stream().draw(0)["source"] == "mine"
     assert Source("openai/gsm8k").label == "gsm8k"
     assert Source("data/part-*.jsonl").label == "part-"
-    own = write(tmp_path / "own.jsonl", [{"prompt": "p", "source": "theirs"}])
+    own = rows_file(tmp_path / "own.jsonl", [{"prompt": "p", "source": "theirs"}])
     assert Source(own).stream().draw(0)["source"] == "theirs"
     assert Source(own, name="mine").stream().draw(0)["source"] == "mine"
 
@@ -101,7 +96,7 @@ def test_records_know_their_source(table: str, tmp_path: Path) -> None:
 
 def test_parts_divide_a_table_without_overlap_also_where_prompts_repeat(tmp_path: Path) -> None:
     rows = [{"prompt": f"problem {i % 400}", "row": i} for i in range(1000)]
-    file = write(tmp_path / "rows.jsonl", rows)
+    file = rows_file(tmp_path / "rows.jsonl", rows)
     parts = [Source(file, part=part).records() for part in ((0.0, 0.7), (0.7, 0.9), (0.9, 1.0))]
     assert sorted(r["row"] for part in parts for r in part) == list(range(1000))
     prompts = [{r["prompt"] for r in part} for part in parts]
@@ -110,7 +105,7 @@ def test_parts_divide_a_table_without_overlap_also_where_prompts_repeat(tmp_path
 
 
 def test_a_divided_source_keeps_its_settings_and_its_bounds(tmp_path: Path) -> None:
-    file = write(tmp_path / "rows.jsonl", [{"q": f"problem {i}"} for i in range(300)])
+    file = rows_file(tmp_path / "rows.jsonl", [{"q": f"problem {i}"} for i in range(300)])
     source = Source(file, template="{q}?", part=(0.2, 0.8), limit=100)
     train, held_out = source.divide(0.25, samples=4, limit=10)
     assert train.part == pytest.approx((0.2, 0.65))
@@ -139,19 +134,19 @@ BAD = ['{"prompt": "a"}', '{"prompt": ', '{"question": "b"}', '{"prompt": null}'
     ],
 )
 def test_a_malformed_row_is_named_by_its_line(tmp_path: Path, row: str, complaint: str) -> None:
-    file = write(tmp_path / "train.jsonl", [{"prompt": "a"}, row])
+    file = rows_file(tmp_path / "train.jsonl", [{"prompt": "a"}, row])
     with pytest.raises(ValueError, match=complaint):
         Source(file).records()
 
 
 def test_malformed_rows_may_be_left_out_and_are_counted(tmp_path: Path) -> None:
-    source = Source(write(tmp_path / "train.jsonl", BAD), malformed="skip")
+    source = Source(rows_file(tmp_path / "train.jsonl", BAD), malformed="skip")
     with pytest.warns(UserWarning, match=r"4 malformed row\(s\) of .*train\.jsonl were left out; the first: .*line 2"):
         assert [r["prompt"] for r in source.records()] == ["a", "c"]
     assert source.skipped == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Source(write(tmp_path / "good.jsonl", ROWS), columns={"prompt": "question"}, malformed="skip").records()
+        Source(rows_file(tmp_path / "good.jsonl", ROWS), columns={"prompt": "question"}, malformed="skip").records()
 
 
 def test_a_missing_column_names_those_that_there_are(table: str) -> None:
@@ -164,7 +159,7 @@ def test_a_missing_column_names_those_that_there_are(table: str) -> None:
 
 
 def test_a_source_that_gives_nothing_says_so(tmp_path: Path, table: str) -> None:
-    for source in (Source(write(tmp_path / "empty.jsonl", [])), Source(table, filters=[lambda record: False])):
+    for source in (Source(rows_file(tmp_path / "empty.jsonl", [])), Source(table, filters=[lambda record: False])):
         with pytest.raises(ValueError, match="gives no records: check its split, filters and part"):
             source.records()
 
