@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer with one token a character, for the small policies of the quickstart, tests and claims."""
+"""What is needed of any tokenizer, and one with a token for each character: for the quickstart, tests and claims."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,3 +45,8 @@ def build_character_tokenizer(vocabulary_size: int = 64) -> PreTrainedTokenizerF
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def used_ids(tokenizer: Any) -> int:
+    """One more than the tokenizer's largest id. It may leave ids below unused, and heads are often larger."""
+    return max(tokenizer.get_vocab().values()) + 1

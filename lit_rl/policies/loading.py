@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from lit_rl.tokenizers import used_ids
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4", "fp4", "int8"]
@@ -68,7 +71,8 @@ class Policy:
     """A language model to train, in hub format.
 
     Args:
-        path: a local folder, or an id of the Hugging Face hub.
+        path: a local folder, or an id of the Hugging Face hub. A folder that holds an exported adapter alone is its
+            base model with the adapter merged.
         dtype: type of the weights; ``"auto"`` keeps the checkpoint's. Weights that are trained in pure bfloat16 lose
             updates smaller than 1/256 of themselves: prefer float32 with the Trainer's ``precision=bf16-mixed``.
         lora: train adapters instead of all weights.
@@ -135,7 +139,10 @@ class Policy:
             kwargs["attn_implementation"] = self.attn_implementation
         if self.quantization != "none":
             kwargs["quantization_config"] = quantization_config(self.quantization, self.dtype)
-        model = AutoModelForCausalLM.from_pretrained(self.path, **kwargs)
+        path, base = local_path(self.path), base_of_adapter(self.path)
+        model = AutoModelForCausalLM.from_pretrained(base or path, **kwargs)
+        if base is not None:
+            model = self._merge(model, path)
         check_vocabulary(model, tokenizer)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -145,21 +152,32 @@ class Policy:
         """The model's configuration alone."""
         from transformers import AutoConfig
 
-        check_path(self.path)
-        return AutoConfig.from_pretrained(self.path, **self._hub())
+        path = local_path(self.path)
+        return _load(AutoConfig, base_of_adapter(self.path) or path, **self._hub())
 
     def tokenizer_only(self) -> Any:
         """The tokenizer, with a padding token and the chat template of this policy."""
         from transformers import AutoTokenizer
 
         own = self.tokenizer is None
-        path = self.path if self.tokenizer is None else self.tokenizer
-        check_path(path)
+        path = local_path(self.path if self.tokenizer is None else self.tokenizer)
         hub = self._hub() if own else {"trust_remote_code": self.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+        tokenizer = _load(AutoTokenizer, path, **hub)
         if self.chat_template is not None:
             tokenizer.chat_template = _read_template(self.chat_template)
         return complete_tokenizer(tokenizer, path)
+
+    def _merge(self, model: Any, path: str) -> Any:
+        """The base model with the adapter of a folder merged into its weights."""
+        from peft import PeftModel
+
+        if self.quantization != "none":
+            raise ValueError(
+                f"{path} holds an adapter, which cannot be merged into weights in {self.quantization} without rounding "
+                "the policy: export it with merge=True first, or set quantization=none."
+            )
+        merged: Any = PeftModel.from_pretrained(model, path)
+        return merged.merge_and_unload()
 
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -170,8 +188,8 @@ def _require(module: str, extra: str, setting: str) -> None:
         raise ImportError(f"{setting} needs the package {module}: pip install 'lit-rl[{extra}]'.")
 
 
-def check_path(path: str) -> None:
-    """Tell a missing folder from a hub id before anything tries to download it.
+def local_path(path: str) -> str:
+    """The path with ``~`` expanded; a missing folder is told from a hub id before anything tries to download it.
 
     Raises:
         FileNotFoundError: if ``path`` looks like a local path and no such folder exists, or the folder holds no model.
@@ -180,9 +198,41 @@ def check_path(path: str) -> None:
     if folder.is_dir():
         if not any((folder / f).exists() for f in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise FileNotFoundError(f"The folder {path} has no config.json: it is not a model in hub format.")
-        return
+        return str(folder)
     if not _HUB_ID.fullmatch(path):
         raise FileNotFoundError(f"There is no folder {path}, and it is no hub id (like Qwen/Qwen3-0.6B) either.")
+    return path
+
+
+def base_of_adapter(path: str) -> str | None:
+    """Where the base model of a folder lies that holds a LoRA adapter alone; None for any other folder or hub id.
+
+    Raises:
+        FileNotFoundError: if the base model has been moved.
+    """
+    folder = Path(path).expanduser()
+    file = folder / "adapter_config.json"
+    if not file.exists() or (folder / "config.json").exists():
+        return None
+    _require("peft", "peft", f"The adapter in {path}")
+    base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        return local_path(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The folder {path} holds an adapter for {base}, which is not there: put the base model back, correct "
+            "base_model_name_or_path in adapter_config.json, or export the run again with merge=True."
+        ) from error
+
+
+def _load(auto: Any, path: str, **kwargs: Any) -> Any:
+    """``auto.from_pretrained``; where a hub id cannot be had, the message also says that there is no such folder."""
+    try:
+        return auto.from_pretrained(path, **kwargs)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise OSError(f"There is no folder {path}, and loading it from the Hugging Face hub failed: {error}") from error
 
 
 def complete_tokenizer(tokenizer: Any, path: str) -> Any:
@@ -210,10 +260,10 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     Raises:
         ValueError: if not.
     """
-    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
-    if largest >= rows:
+    rows, used = model.get_input_embeddings().weight.shape[0], used_ids(tokenizer)
+    if used > rows:
         raise ValueError(
-            f"The tokenizer has ids up to {largest}, but the model only has {rows} embeddings: use the tokenizer that "
+            f"The tokenizer has ids up to {used - 1}, but the model only has {rows} embeddings: use the tokenizer that "
             "belongs to the model, or resize the embeddings (resize_token_embeddings) and save the model again."
         )
 
@@ -224,7 +274,7 @@ def padded_vocab(model: Any, tokenizer: Any) -> int | None:
     Pass it as ``vocab_size`` to `completion_logprobs` to give the padding rows no probability. By default they count,
     as they do when sampling from the unmasked model.
     """
-    used = max(tokenizer.get_vocab().values()) + 1
+    used = used_ids(tokenizer)
     return used if used < model.get_input_embeddings().weight.shape[0] else None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.samplers.base import Sampling
+from lit_rl.tokenizers import used_ids
 
 
 class Stopping:
@@ -38,11 +39,6 @@ class Stopping:
         self.ends = _table([*end, *sampling.stop_token_ids], vocab_size).to(device)
         self.strings = StopStrings(tokenizer, sampling.stop) if any(sampling.stop) else None
         self.suspect = self.strings.suspects(vocab_size).to(device) if self.strings else None
-
-
-def used_ids(tokenizer: Any) -> int:
-    """One more than the largest id of the tokenizer, which may leave some below it unused."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -12,7 +12,8 @@ import torch
 from sampler_models import byte_tokenizer, character_tokenizer
 
 from lit_rl.samplers import Sampling
-from lit_rl.samplers.stopping import Stopping, StopStrings, end_token_ids, used_ids
+from lit_rl.samplers.stopping import Stopping, StopStrings, end_token_ids
+from lit_rl.tokenizers import used_ids
 
 
 def sentencepiece_tokenizer() -> Any:
