@@ -107,24 +107,23 @@ def memory_plan(
         The plan; ``str(plan)`` is a table.
     """
     text = config.get_text_config()
-    total, linear, adapters = _count(config, trainable)
-    trained = total if trainable == "full" else adapters
     item = dtype.itemsize
-    # PEFT keeps adapters over half-precision weights in float32
-    trained_item = item if trainable == "full" else max(item, 4)
-    weights = total * item + (adapters * trained_item if trainable != "full" else 0)
+    total, linear, added = _count(config, trainable, item)
+    trained = added or {item: total}
+    gradients = sum(width * count for width, count in trained.items())
+    weights = total * item + sum(width * count for width, count in added.items())
     if quantization != "none":
         weights -= round(linear * (item - _QUANTISED_BYTES[quantization]))
-    state = trained * (2 if optimizer == "adamw8bit" else _STATE_COPIES[optimizer] * trained_item)
+    state = 2 * sum(trained.values()) if optimizer == "adamw8bit" else _STATE_COPIES[optimizer] * gradients
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_token = 2 * text.num_hidden_layers * kv_heads * head_dim * item
     tile = tile_bytes(device, micro_batch_tokens, text.vocab_size, head_chunk)
     return MemoryPlan(
-        parameters=total + (adapters if trainable != "full" else 0),
-        trainable=trained,
+        parameters=total + sum(added.values()),
+        trainable=sum(trained.values()),
         weights=weights,
-        gradients=trained * trained_item,
+        gradients=gradients,
         optimizer=state,
         kv_cache=rows * (prompt_tokens + completion_tokens) * kv_token,
         head=2 * tile
@@ -133,20 +132,24 @@ def memory_plan(
     )
 
 
-def _count(config: Any, trainable: LoRA | Literal["full"]) -> tuple[int, int, int]:
-    """Weights of the model, those in linear layers other than the head, and those of the adapters."""
+def _count(config: Any, trainable: LoRA | Literal["full"], item: int) -> tuple[int, int, dict[int, int]]:
+    """Weights of the model, those in linear layers other than the head, and those that adapters add, by their bytes."""
     from transformers import AutoModelForCausalLM
 
+    added: dict[int, int] = {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         total = sum(p.numel() for p in model.parameters())
         head = model.get_output_embeddings()
         linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-        adapters = 0
         if not isinstance(trainable, str):
             wrapped = trainable.apply(model.requires_grad_(False))
-            adapters = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return total, linear, adapters
+            for name, p in wrapped.named_parameters():
+                if p.requires_grad:
+                    # PEFT keeps adapters over half-precision weights in float32, layers trained in full in their type
+                    width = item if "modules_to_save" in name else max(item, 4)
+                    added[width] = added.get(width, 0) + p.numel()
+    return total, linear, added
 
 
 def _activations(text: Any, tokens: int, item: int, kv_width: int, checkpointing: bool) -> int:
