@@ -33,7 +33,9 @@ class RolloutCallback(Callback):
     """A Lightning callback with the stage hooks of lit-rl. Implement only those you need.
 
     A hook that receives a batch edits it in place and returns None, or returns the batch to go on with (that is how
-    rows are dropped). What a callback remembers belongs into its ``state_dict``.
+    rows are dropped). What a callback remembers belongs into its ``state_dict``. With several ranks each hook runs on
+    each rank with that rank's rows; a checkpoint holds the state of rank 0, so remember reduced numbers only
+    (`lit_rl.distributed.all_sum` and its neighbours).
 
     Attributes:
         requires: signals that must exist before the hooks of the update run, such as ``"logprobs.reference"`` or

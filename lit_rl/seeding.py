@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One seed, split by counters: no generator state is ever stored.
+"""What a step begins with. One seed, split by counters: no generator state is ever stored.
 
 At the start of each rollout step every generator is seeded from (seed, rollout step, rank), so validation cannot
 disturb training and resuming or rewinding needs no generator state.
@@ -9,8 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Inside, new floating point tensors are float32, even if the model is not.
+
+    Lightning makes the model's own type the default inside a step (``bf16-true``, ``64-true``), and rewards, counts and
+    logged numbers would be rounded to it.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def mix_seeds(*parts: int | str) -> int:

@@ -17,7 +17,7 @@ from lit_rl.metrics.generation import GenerationMetrics
 from lit_rl.predictions import prediction_rows
 from lit_rl.rollouts import Rollouts
 from lit_rl.samplers.base import RolloutRequest
-from lit_rl.seeding import mix_seeds
+from lit_rl.seeding import mix_seeds, single_precision
 
 if TYPE_CHECKING:
     from lit_rl.data import EvalSet
@@ -54,6 +54,7 @@ class Evaluation:
     def test_step(self: RLModule, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.measure(batch, dataloader_idx)
 
+    @single_precision()
     def predict_step(
         self: RLModule, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
@@ -61,6 +62,7 @@ class Evaluation:
         rollouts = self.generate(batch, self.data.eval_sets[dataloader_idx])
         return prediction_rows(rollouts, self.tokenizer.batch_decode(rollouts.completions(), skip_special_tokens=True))
 
+    @single_precision()
     def measure(self: RLModule, batch: dict[str, Any], index: int) -> None:
         """Sample and score one batch of an evaluation set, and add it to the metrics of the set and of its sources."""
         rollouts = self.generate(batch, self.data.eval_sets[index])

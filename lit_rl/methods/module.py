@@ -25,7 +25,7 @@ from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import Reward, RewardInput, check_rewards, score_rewards
 from lit_rl.rollouts import Prompts, Rollouts, StopReason
 from lit_rl.samplers.base import RolloutRequest, RolloutSampler, Sampling
-from lit_rl.seeding import seed_everything_from
+from lit_rl.seeding import seed_everything_from, single_precision
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -151,6 +151,7 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
 
     # The step ------------------------------------------------------------------------------------------------------
 
+    @single_precision()
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One rollout step: everything that happens between two batches of completions."""
         self.ledger = Ledger()

@@ -62,11 +62,11 @@ class RecallStage:
     def sampled_by_policy(self: RLModule, rollouts: Rollouts) -> Tensor:
         """``[N]`` bool: rows whose sampler log-probabilities are certainly those of the policy before the update.
 
-        In half precision the sampler's kernels round differently from the trainer's: then none are.
+        Only in single precision: elsewhere the sampler's numbers are rounded differently from the trainer's.
         """
         if self.old_logprobs == "sampler":
             return torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.device)
-        exact = self.sampler.in_process and self.sampled_plainly and self.trainer.precision in ("32-true", "64-true")
+        exact = self.sampler.in_process and self.sampled_plainly and self.trainer.precision == "32-true"
         current = (rollouts.token["policy_version"] == self.policy_version) | ~rollouts.completion_mask
         return (rollouts.origin == Origin.POLICY) & current.all(1) & exact
 

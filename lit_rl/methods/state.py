@@ -48,6 +48,7 @@ class RunState:
         self.init_reporting()
         self.last_rollouts = None
         self._sampler_state: dict[str, Any] | None = None
+        self._frozen_states: dict[str, Any] = {}
         self.update_index = 0
         self._mismatch_known = False
         self._boundary: dict[str, Any] | None = None
@@ -174,8 +175,11 @@ class RunState:
             return
         for reward in self.rewards:
             reward.self_test()
-        for frozen in self.frozen_policies().values():
+        for name, frozen in self.frozen_policies().items():
             frozen.to(self.device)
+            frozen.convert(self.trainer.precision_plugin.convert_module)
+            if name in self._frozen_states:
+                frozen.load_state_dict(self._frozen_states.pop(name))
         self.sampler.setup(self.model, self.tokenizer)
         self.sampler.sync(self.model, self.policy_version)
         if self._sampler_state is not None:
@@ -296,7 +300,7 @@ class RunState:
                 f"The checkpoint was written by {len(state['sampler'])} ranks and is resumed by {ranks.world_size()}: "
                 "prompts and completions that the sampler carried over are dropped."
             )
-        self._load_frozen(state["frozen"])
+        self._frozen_states = dict(state["frozen"])  # loaded once the policies have the precision they were saved in
         mine: dict[str, Any] = {"seed": self.seed, "threads": torch.get_num_threads()}
         mine["data"] = self.stream.fingerprint() if hasattr(self, "stream") else state["data"]
         for name, value in mine.items():
@@ -335,7 +339,8 @@ class RunState:
                 parameter.copy_(state["weights"][name])
         for optimizer, saved in zip(self._plain_optimizers(), state["optimizers"]):
             optimizer.load_state_dict(_clone(saved))
-        self._load_frozen(state["frozen"])
+        for name, frozen in self.frozen_policies().items():
+            frozen.load_state_dict(state["frozen"][name])
         if state["scheduler"] is not None:
             self.lr_schedulers().load_state_dict(_clone(state["scheduler"]))  # type: ignore[union-attr]
         self.cursor, self.rollout_step = state["cursor"], state["rollout_step"]
@@ -345,11 +350,6 @@ class RunState:
         self.policy_version += 1
         self.sampler.on_rewind(self.model)
         self.sampler.sync(self.model, self.policy_version)
-
-    def _load_frozen(self: RLModule, states: dict[str, Any]) -> None:
-        for name, frozen in self.frozen_policies().items():
-            if name in states:
-                frozen.load_state_dict(states[name])
 
 
 def count_as_clock(loop: dict[str, Any], clock: int, validation_is_due: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,9 @@ class FrozenPolicy(ABC):
 
     def to(self, device: torch.device | str) -> None:  # noqa: B027
         """Move own weights."""
+
+    def convert(self, convert: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027
+        """Do to own weights what the trainer's precision did to the policy's (``bf16-true`` and the like)."""
 
     @abstractmethod
     @contextmanager
@@ -116,6 +119,9 @@ class FrozenCopy(FrozenPolicy):
 
     def to(self, device: torch.device | str) -> None:
         self._own_model().to(device)
+
+    def convert(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+        self.copy, self._checksum = convert(self._own_model()), None
 
     @contextmanager
     def model(self, live: nn.Module) -> Iterator[nn.Module]:

@@ -71,8 +71,8 @@ class DecodeLoop:
         self.keys = row_keys(request.seed, request.prompts.draw[request.group], request.sample).to(device)  # [N]
         width = int(torch.maximum(self.budgets, self.start).max()) if n else 0
         self.ids = torch.zeros(n, width, dtype=torch.long, device=device)  # [N, T], as are the next two
-        self.logprobs = torch.zeros(n, width, device=device)
-        self.entropy = torch.zeros(n, width, device=device) if request.entropy else None
+        self.logprobs = torch.zeros(n, width, dtype=torch.float32, device=device)
+        self.entropy = torch.zeros_like(self.logprobs) if request.entropy else None
         self.records: list[tuple[Tensor, ...]] = []  # what was drawn and is not yet in these
         self.steps = 0
         if prefix is not None:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rl.checkpoint import RolloutCheckpoint
+from lit_rl.distributed import all_sum, world_size
 from lit_rl.hooks import RolloutCallback
 from lit_rl.methods import RLModule
 from lit_rl.policies import FrozenCopy
@@ -51,11 +52,11 @@ class Refill(RolloutCallback):
     def on_rewards(self, trainer: Any, module: Any, rollouts: Any) -> Any:
         low = rollouts.group_mean(rollouts.rewards)
         keep = (low > 0) & (low < 1)
-        self.useful.append(int(keep.sum()))
+        self.useful.append(int(all_sum(keep.sum())))
         return rollouts.select_groups(keep)
 
     def on_collected(self, trainer: Any, module: Any, rollouts: Any) -> int:
-        return max(0, module.prompts_per_step - len(rollouts.prompts))
+        return max(0, module.prompts_per_step // world_size() - len(rollouts.prompts))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.clock % 3 == 0:
