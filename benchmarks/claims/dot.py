@@ -18,7 +18,8 @@ CLAIM = Claim(
     "redundant passes. G = 16, so that the largest possible z-score is 3.75.",
     warm_start=WarmStart(
         overrides={
-            "data.init_args.first_correct": 0.85,
+            "data.init_args.first_correct": 0.6,
+            "data.init_args.later_correct": 1.0,
             "data.init_args.another": 0.6,
             "data.init_args.answer_only": 0.1,
         }
@@ -26,13 +27,23 @@ CLAIM = Claim(
     overrides={
         "model.init_args.group_size": 16,
         "model.init_args.prompts_per_step": 8,
-        "model.init_args.max_rollouts": 200,
+        "model.init_args.max_rollouts": 120,
         "model.init_args.sampling.max_tokens": 192,
         "trainer.val_check_interval": 20,
     },
     arms=[
         Arm("grpo"),
-        Arm("dot", overrides={"trainer.callbacks+": ["lit_rl.callbacks.DynamicOutlierTruncation"]}),
+        Arm(
+            "dot",
+            overrides={
+                "trainer.callbacks+": [
+                    {
+                        "class_path": "lit_rl.callbacks.DynamicOutlierTruncation",
+                        "init_args": {"alpha": 2.0, "min_margin": 8},
+                    }
+                ]
+            },
+        ),
     ],
     metrics=[
         Metric("held-out pass@1 at the end", at_end("val/pass@1", over=3), "higher"),
