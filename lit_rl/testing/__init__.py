@@ -8,11 +8,14 @@ def test_my_callback_resumes(tmp_path):
 """
 
 from lit_rl.testing.checks import (
+    InterruptAt,
     StopAt,
+    assert_same_state,
     assert_same_weights,
     check_neutral,
     check_resume,
     check_split_invariance,
+    check_two_ranks,
     loss_and_gradients,
 )
 from lit_rl.testing.ranks import run_on_ranks, start_process
@@ -22,14 +25,17 @@ from lit_rl.testing.toys import ToyData, final_state, make_module, make_policy, 
 
 __all__ = [
     "SAMPLER_PROMISES",
+    "InterruptAt",
     "SamplerBench",
     "StopAt",
     "ToyData",
+    "assert_same_state",
     "assert_same_weights",
     "check_neutral",
     "check_resume",
     "check_sampler",
     "check_split_invariance",
+    "check_two_ranks",
     "final_state",
     "loss_and_gradients",
     "make_module",

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lit_rl.checkpoint import file_name
 from lit_rl.data import PromptDataModule
 from lit_rl.methods.module import RLModule
 from lit_rl.methods.reporting import Ledger
 from lit_rl.rollouts import Rollouts
+from lit_rl.testing.ranks import run_on_ranks
 from lit_rl.testing.toys import ToyData, final_state, make_module, make_policy, train
 
 Callbacks = Callable[[], Sequence[Callback]]
@@ -47,7 +50,10 @@ def check_neutral(folder: Path, callbacks: Callbacks, module: Module = make_modu
 def check_resume(
     folder: Path, callbacks: Callbacks = list, module: Module = make_module, at: int = 3, data: Data = ToyData
 ) -> None:
-    """Stopping after ``at`` steps and resuming gives the weights and callback states of an uninterrupted run.
+    """Stopping after ``at`` steps and resuming gives the run that one gets without stopping.
+
+    The run is stopped between two steps, and once more in the middle of sampling, so that a step is undone. Weights,
+    optimizer, clocks, cursor, sampler and callback states must be those of an uninterrupted run, bit for bit.
 
     Args:
         folder: an empty folder.
@@ -57,23 +63,45 @@ def check_resume(
         data: builds the datamodule.
     """
     policy = make_policy(folder / "policy")
-    whole, part, rest = module(policy), module(policy), module(policy)
-    first = callbacks()
+    whole, first = module(policy), callbacks()
     train(folder / "whole", whole, first, data=data())
-    stopper = StopAt(at)
-    train(folder / "parts", part, [*callbacks(), stopper], data=data())
-    assert part.clock == at, f"the run was to stop at clock {at} but stopped at {part.clock}"
-    second = callbacks()
-    saved = folder / "parts" / "checkpoints" / f"clock{at:08d}.ckpt"
-    train(folder / "parts", rest, second, checkpoint=saved, data=data())
-    assert_same_weights(final_state(whole), final_state(rest))
-    assert (whole.clock, whole.rollout_step, whole.cursor) == (rest.clock, rest.rollout_step, rest.cursor)
-    for mine, theirs in zip(first, second):
-        assert str(mine.state_dict()) == str(theirs.state_dict()), f"{type(mine).__name__} resumed to another state"
+    for how, stopper in (("between two steps", StopAt(at)), ("while sampling", InterruptAt(at))):
+        part, rest, second = module(policy), module(policy), callbacks()
+        run = folder / how.replace(" ", "-")
+        train(run, part, [*callbacks(), stopper], data=data())
+        assert part.clock == at, f"the run was to stop at clock {at} but stopped at {part.clock}"
+        train(run, rest, second, checkpoint=run / "checkpoints" / file_name(at), data=data())
+        assert_same_weights(final_state(whole), final_state(rest))
+        assert (whole.clock, whole.rollout_step, whole.cursor) == (rest.clock, rest.rollout_step, rest.cursor)
+        for mine, theirs in zip(first, second):
+            assert_same_state(mine.state_dict(), theirs.state_dict(), f"{type(mine).__name__}, stopped {how},")
+        ends = [
+            torch.load(x / "checkpoints" / file_name(whole.clock), weights_only=True) for x in (folder / "whole", run)
+        ]
+        for name in ("optimizer_states", "lr_schedulers", "lit_rl"):
+            assert_same_state(ends[0][name], ends[1][name], f"The run, stopped {how},")
+
+
+def assert_same_state(mine: Any, theirs: Any, label: str = "state") -> None:
+    """Fail, naming the entry, unless two nested states are equal to the last bit."""
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        same = mine.shape == theirs.shape and torch.equal(mine, theirs)
+    elif isinstance(mine, dict) and isinstance(theirs, dict):
+        assert mine.keys() == theirs.keys(), f"{label} resumed with {sorted(theirs)} instead of {sorted(mine)}"
+        for name in mine:
+            assert_same_state(mine[name], theirs[name], f"{label} {name}")
+        return
+    elif isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
+        for i, pair in enumerate(zip(mine, theirs)):
+            assert_same_state(*pair, f"{label} [{i}]")
+        return
+    else:
+        same = mine == theirs or (mine != mine and theirs != theirs)
+    assert same, f"{label} is {theirs} after resuming instead of {mine}"
 
 
 class StopAt(Callback):
-    """Stops a run at a clock, as a user would with Ctrl-C at a rollout boundary.
+    """Ends a run after a step.
 
     Args:
         clock: when.
@@ -86,6 +114,69 @@ class StopAt(Callback):
         """Stop."""
         if pl_module.clock >= self.clock:
             trainer.should_stop = True
+
+
+class InterruptAt(Callback):
+    """Interrupts a run while it samples, as Ctrl-C does: the step is undone.
+
+    Args:
+        clock: how many steps are done by then.
+    """
+
+    def __init__(self, clock: int) -> None:
+        self.clock, self.now = clock, False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        """Decide whether this is the step."""
+        self.now = pl_module.clock >= self.clock
+
+    def stop_requested(self) -> bool:
+        """What samplers look at after every token."""
+        return self.now
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        """Stop."""
+        trainer.should_stop = trainer.should_stop or self.now
+
+
+def check_two_ranks(
+    folder: Path, callbacks: Callbacks = list, module: Module = make_module, tolerance: float = 1e-9
+) -> None:
+    """Two ranks (CPU processes) end with the weights that one ends with.
+
+    In float64 and with plain gradient descent, so that only a wrong sum, not rounding, can make a difference.
+
+    Args:
+        folder: an empty folder.
+        callbacks: builds the callbacks; a function of a module, not a lambda, because it is sent to the processes.
+        module: builds the method from the folder of a policy; likewise.
+        tolerance: largest absolute difference of a weight.
+    """
+    # GPT-2 without dropout: the norms of Llama and its like compute in float32, whatever the precision.
+    policy = make_policy(folder / "policy", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    _exact_run(folder / "one.pt", policy, callbacks, module, 1)
+    run_on_ranks(_on_a_rank, 2, folder, policy, callbacks, module)
+    one = torch.load(folder / "one.pt")
+    for rank in range(2):
+        for name, value in torch.load(folder / f"rank{rank}.pt").items():
+            gap = float((value - one[name]).abs().max())
+            assert gap < tolerance, f"{name} differs by {gap:.3g} between one rank and rank {rank} of two"
+
+
+def _on_a_rank(rank: int, folder: Path, policy: Path, callbacks: Callbacks, module: Module) -> None:
+    _exact_run(folder / f"rank{rank}.pt", policy, callbacks, module, 2)
+
+
+def _exact_run(result: Path, policy: Path, callbacks: Callbacks, module: Module, ranks: int) -> None:
+    method = module(policy)
+    method.optimizer_factory = _gradient_descent
+    parallel: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+    train(result.with_suffix(""), method, callbacks(), precision="64-true", **parallel)
+    torch.save(final_state(method), result)
+
+
+def _gradient_descent(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
 
 
 def loss_and_gradients(module: RLModule, batch: Rollouts, micro_batch_tokens: int) -> tuple[float, dict[str, Tensor]]:
