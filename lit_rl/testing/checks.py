@@ -190,6 +190,9 @@ def loss_and_gradients(module: RLModule, batch: Rollouts, micro_batch_tokens: in
     module.ledger = Ledger()
     module.micro_batch_tokens = micro_batch_tokens
     module.model.zero_grad(set_to_none=True)
+    batch = batch.clone()  # preparing adds signals to it
+    for term in module.loss_terms:
+        term.prepare(module, batch)
     denominators = tuple(term.averaging(batch)[1] for term in module.loss_terms)
     total = 0.0
     for rows in module.micro_batch_rows(batch):
