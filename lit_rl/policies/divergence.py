@@ -123,9 +123,10 @@ def top_logprobs(
         Log-probabilities (over the whole vocabulary) and ids, both ``[M, k]``, most likely first.
     """
     side = Side.of(view, temperature, view.head.vocab_size if vocab_size is None else vocab_size, None)
-    parts = []
-    for rows in side.chunks():
-        blocks = side.full_rows(rows)
+    parts, chunks = [], side.chunks()
+    room = side.room(chunks[0].stop if chunks else 0)
+    for rows in chunks:
+        blocks = side.full_rows(rows, room)
         z = torch.cat([block for _, block in blocks], 1)
         values, ids = z.topk(k, dim=-1)
         parts.append((values - z.logsumexp(-1, keepdim=True), ids))

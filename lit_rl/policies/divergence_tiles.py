@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +26,10 @@ _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 def full_rows_bytes(device: torch.device) -> int:
     """How much memory the logits of a few tokens over the whole vocabulary may take."""
     return _FULL_ROWS_BYTES.get(device.type, 128 << 20)
+
+
+Blocks = list[tuple[slice, Tensor]]
+"""Words, and a number for each token and each of these words."""
 
 
 class View(NamedTuple):
@@ -71,21 +74,26 @@ class Side:
         bias = None if self.bias is None else self.bias.detach()
         return Side(self.hidden.detach(), self.weight.detach(), bias, self.head, self.accumulate)
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self) -> list[slice]:
         """Slices of the tokens whose logits over the whole vocabulary exist at once (in two models)."""
         room = full_rows_bytes(self.hidden.device)
         fitting = max(1, room // (2 * self.head.vocab_size * self.accumulate.itemsize))
-        return slices(len(self.hidden), self.head.chunk_tokens or fitting)
+        return list(slices(len(self.hidden), self.head.chunk_tokens or fitting))
 
-    def full_rows(self, rows: slice) -> list[tuple[slice, Tensor]]:
+    def room(self, tokens: int) -> Tensor:
+        """Memory for `full_rows` of so many tokens, used again for every chunk."""
+        h = _operand(self.hidden[:1], self.accumulate)
+        numbers = tokens * self.head.vocab_size if h.dtype == self.accumulate else 0  # CUDA's half precision needs none
+        return h.new_empty(numbers, dtype=self.accumulate)
+
+    def full_rows(self, rows: slice, room: Tensor) -> Blocks:
         """Logits of some tokens over the whole vocabulary, as blocks of words."""
         h = _operand(self.hidden[rows], self.accumulate)
-        room = _BLOCK_BYTES.get(h.device.type, 1 << 20) // 4  # the same cuts for both models, whatever their types
-        blocks = []
-        for words in slices(self.head.vocab_size, max(1, room // max(1, len(h)))):
-            buffer = h.new_empty(len(h) * (words.stop - words.start), dtype=self.accumulate)
-            blocks.append((words, self.tile(h, words, buffer)))
-        return blocks
+        block = _BLOCK_BYTES.get(h.device.type, 1 << 20) // 4  # the same cuts for both models, whatever their types
+        return [
+            (words, self.tile(h, words, room[len(h) * words.start : len(h) * words.stop]))
+            for words in slices(self.head.vocab_size, max(1, block // max(1, len(h))))
+        ]
 
     def tile(self, h: Tensor, words: slice, buffer: Tensor) -> Tensor:
         """Logits of some tokens over some words."""
@@ -93,7 +101,7 @@ class Side:
         return self.head.logits(h, w, None if self.bias is None else self.bias[words], buffer)
 
 
-def _normaliser(blocks: list[tuple[slice, Tensor]]) -> Tensor:
+def _normaliser(blocks: Blocks) -> Tensor:
     """``[C]``: log of the sum of exponentials over all blocks."""
     top = torch.stack([z.amax(1) for _, z in blocks]).amax(0)
     mass = torch.zeros_like(top)
@@ -142,8 +150,10 @@ class TiledDivergence(torch.autograd.Function):
         totals, slope, lse_p, lse_q = (hidden.new_empty(len(hidden), dtype=own.accumulate) for _ in range(4))  # [M]
         work = None if weights is None else _EarlyGradients(own, weights.to(own.accumulate), ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in own.chunks():
-                p, q = own.full_rows(rows), theirs.full_rows(rows)
+            chunks = own.chunks()
+            room_p, room_q = own.room(chunks[0].stop if chunks else 0), theirs.room(chunks[0].stop if chunks else 0)
+            for rows in chunks:
+                p, q = own.full_rows(rows, room_p), theirs.full_rows(rows, room_q)
                 lse_p[rows], lse_q[rows] = _normaliser(p), _normaliser(q)
                 slopes_of = [own.head.slope(z) for _, z in p] if work is not None else []
                 totals[rows], slope[rows] = _sums(divergence, p, q, lse_p[rows], lse_q[rows])
@@ -173,9 +183,6 @@ class TiledDivergence(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             work.run(tokens if live is None else tokens[live])  # type: ignore[arg-type]
         return *_scattered(work, hidden, live), None, None, None, None
-
-
-Blocks = list[tuple[slice, Tensor]]
 
 
 def _sums(divergence: Divergence, p: Blocks, q: Blocks, lse_p: Tensor, lse_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,8 +305,10 @@ class GatheredLogprobs(torch.autograd.Function):
         chosen = hidden.new_zeros(ids.shape, dtype=own.accumulate)  # [M, K]
         lse = hidden.new_empty(len(hidden), dtype=own.accumulate)  # [M]
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in own.chunks():
-                blocks = own.full_rows(rows)
+            chunks = own.chunks()
+            room = own.room(chunks[0].stop if chunks else 0)
+            for rows in chunks:
+                blocks = own.full_rows(rows, room)
                 lse[rows] = _normaliser(blocks)
                 for words, z in blocks:
                     column, inside = _columns(ids[rows], words)

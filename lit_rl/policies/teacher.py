@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,7 +133,7 @@ class PrivilegedPrompt:
         return own.encode(shown, prompts.draw.tolist()).ids
 
 
-class Teacher:
+class Teacher(FrozenPolicy):
     """A frozen policy that scores the student's completions.
 
     Args:
@@ -164,28 +164,26 @@ class Teacher:
         self.policy, self.prompt, self.offload = policy, prompt, offload
         self.sources = None if sources is None else list(sources)
 
-    def setup(self, model: nn.Module, tokenizer: Any) -> None:
-        """Take what is needed of the untrained policy, and check that both speak the same language.
-
-        Raises:
-            ValueError: vocabularies differ, or ``offload`` would move weights that the policy shares.
-        """
+    def setup(self, model: nn.Module) -> None:
+        """Take what is needed of the untrained policy; ``ValueError`` if ``offload`` would move shared weights."""
         self.policy.setup(model)
-        with self.policy.model(model) as own:
-            if own is model:
-                return
-            check_same_vocabulary(model, tokenizer, own, getattr(self.policy, "tokenizer", None))
-            shared = {id(p) for p in model.parameters()} & {id(p) for p in own.parameters()}
-        if self.offload and shared:
-            raise ValueError("offload=True would move weights that the teacher shares with the policy: leave it out.")
+        if self.offload:
+            with self.policy.model(model) as own:
+                shared = {id(p) for p in model.parameters()} & {id(p) for p in own.parameters()}
+            if shared:
+                raise ValueError("offload=True would move weights that the teacher shares with the policy: remove it.")
+
+    def check_vocabulary(self, live: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` unless token ids mean the same to the teacher and to the policy."""
+        with self.policy.model(live) as own:
+            if own is not live:
+                check_same_vocabulary(live, tokenizer, own, getattr(self.policy, "tokenizer", None))
 
     def to(self, device: torch.device | str) -> None:
-        """Move own weights, unless they wait on the CPU."""
         self.policy.to("cpu" if self.offload else device)
 
     @contextmanager
     def model(self, live: nn.Module) -> Iterator[nn.Module]:
-        """The model to score with, on the device of ``live``, in evaluation mode and without gradients."""
         if self.offload:
             self.policy.to(next(live.parameters()).device)
         try:
@@ -194,6 +192,18 @@ class Teacher:
         finally:
             if self.offload:
                 self.policy.to("cpu")
+
+    def refresh(self, model: nn.Module, step: int) -> None:
+        self.policy.refresh(model, step)
+
+    def identity(self) -> dict[str, Any]:
+        return self.policy.identity()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.policy.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.policy.load_state_dict(state)
 
     def describe(self) -> str:
         """One line for the run header."""
