@@ -74,6 +74,29 @@ def load_rollouts(folder: Path | str, name: str) -> Rollouts:
     return Rollouts(prompts=_prompts_from_json(head["prompts"]), **parts, edits=[Edit(*e) for e in head["edits"]])
 
 
+def pack_rollouts(rollouts: Rollouts) -> dict[str, Any]:
+    """A batch as plain containers and CPU tensors, for a checkpoint.
+
+    Columns of the prompts are kept as they are: values other than numbers, text, lists and dictionaries of them make a
+    checkpoint that loads only with ``weights_only=False``.
+    """
+    tensors = {
+        kind: {name: value.detach().cpu().clone() for name, value in getattr(rollouts, kind).items()}
+        for kind in ("row", "token")
+    }
+    return {"prompts": dict(vars(rollouts.prompts)), **tensors, "edits": [list(e) for e in rollouts.edits]}
+
+
+def unpack_rollouts(state: dict[str, Any]) -> Rollouts:
+    """What `pack_rollouts` packed."""
+    return Rollouts(
+        prompts=Prompts(**state["prompts"]),
+        row=dict(state["row"]),
+        token=dict(state["token"]),
+        edits=[Edit(*e) for e in state["edits"]],
+    )
+
+
 def readable_rows(rollouts: Rollouts, texts: list[str] | None = None) -> list[dict[str, Any]]:
     """One dictionary a completion, of plain values; NaN becomes None."""
     rewards = rollouts.rewards.tolist()

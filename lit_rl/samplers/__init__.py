@@ -2,6 +2,16 @@
 """Rollout samplers: they turn prompts into completions with log-probabilities."""
 
 from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler, Sampling
+from lit_rl.samplers.environment import EnvironmentSampler
 from lit_rl.samplers.hf import HFSampler
+from lit_rl.samplers.partial import PartialSampler
 
-__all__ = ["HFSampler", "Progress", "RolloutRequest", "RolloutSampler", "Sampling"]
+__all__ = [
+    "EnvironmentSampler",
+    "HFSampler",
+    "PartialSampler",
+    "Progress",
+    "RolloutRequest",
+    "RolloutSampler",
+    "Sampling",
+]

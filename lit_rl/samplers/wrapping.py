@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What samplers that wrap another sampler have in common."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rl.rollouts import Rollouts, StopReason
+from lit_rl.samplers.base import RolloutRequest, RolloutSampler
+
+
+class SamplerWrapper(RolloutSampler):
+    """Passes everything on to an inner sampler. A subclass implements `generate` and changes what it must.
+
+    Args:
+        inner: the sampler that does the work.
+
+    Raises:
+        ValueError: ``inner`` carries work over from step to step, which this class does not expect of it.
+    """
+
+    def __init__(self, inner: RolloutSampler) -> None:
+        if inner.carries_over:
+            raise ValueError(
+                f"{type(self).__name__} cannot wrap {type(inner).__name__}, which returns other prompts than it was "
+                "asked for: make the wrapper that carries work over the outermost one."
+            )
+        self.inner = inner
+        self.in_process = inner.in_process
+        self.continues_prefix = inner.continues_prefix
+        self.provides = inner.provides
+        self._pending: deque[RolloutRequest] = deque()
+
+    def generate(self, request: RolloutRequest) -> Rollouts:
+        """The completions of a request."""
+        return self.inner.sample(request)
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Keep the request for `collect`, which does the work."""
+        self._pending.append(request)
+
+    def collect(self) -> Rollouts:
+        """The completions of the oldest request."""
+        if not self._pending:
+            raise RuntimeError(f"{type(self).__name__} has nothing to collect: submit a request first.")
+        return self.generate(self._pending.popleft())
+
+    def setup(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        super().setup(model, tokenizer)
+        self.inner.setup(model, tokenizer)
+
+    def sync(self, model: torch.nn.Module, version: int) -> None:
+        super().sync(model, version)
+        self.inner.sync(model, version)
+
+    def check_setup(self, module: Any) -> None:
+        self.inner.check_setup(module)
+
+    def on_rewind(self, model: torch.nn.Module) -> None:
+        self._pending.clear()
+        self.inner.on_rewind(model)
+
+    def boundary(self) -> Any:
+        return self.inner.boundary()
+
+    def return_to(self, boundary: Any) -> None:
+        self._pending.clear()
+        self.inner.return_to(boundary)
+
+    def metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        return self.inner.metrics(rollouts)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with self.inner.active():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.inner.state_dict()
+        return {"inner": state} if state else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "inner" in state:
+            self.inner.load_state_dict(state["inner"])
+
+    def describe(self) -> str:
+        return f"{type(self).__name__}({self.inner.describe()})"
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def unstarted(request: RolloutRequest) -> Rollouts:
+    """The rows of a request before anything is generated: empty or, with a prefix, as far as that goes.
+
+    They have `StopReason.ABORTED` and a row signal ``budget``; a row that its prefix has finished keeps its reason.
+    """
+    n = len(request)
+    if request.prefix is None:
+        empty = [torch.zeros(0)] * n
+        reason = torch.full((n,), int(StopReason.ABORTED))
+        rows = Rollouts.build(
+            request.prompts,
+            request.group.cpu(),
+            empty,
+            sampler_logprobs=empty,
+            stop_reason=reason,
+            sample=request.sample.cpu(),
+        )
+    else:
+        rows = replace(request.prefix.to("cpu").clone(), prompts=request.prompts)
+        rows.row |= {"group": request.group.cpu(), "sample": request.sample.cpu()}
+        rows.row["stop_reason"] = torch.where(rows.finished, rows.row["stop_reason"], int(StopReason.ABORTED))
+    budgets = request.budgets if request.budgets is not None else torch.full((n,), request.sampling.max_tokens)
+    rows.row["budget"] = budgets.long().cpu()
+    return rows
+
+
+def is_open(rollouts: Rollouts) -> Tensor:
+    """``[N]`` bool: rows that have not ended."""
+    return rollouts.row["stop_reason"] == StopReason.ABORTED
+
+
+def replace_rows(rollouts: Rollouts, rows: Tensor, new: Rollouts) -> Rollouts:
+    """The batch with the given rows (bool ``[N]``) replaced by those of ``new``, which are in the same order.
+
+    Which prompt, unit, sample and budget a row has stays as it was.
+    """
+    merged = Rollouts.cat([rollouts.select(~rows), new])
+    origin = torch.cat([(~rows).nonzero()[:, 0], rows.nonzero()[:, 0]])  # which row each row of merged was
+    merged = replace(merged, prompts=rollouts.prompts)  # cat has repeated prompts whose rows are in both parts
+    merged.row |= {name: rollouts.row[name][origin] for name in ("group", "unit", "sample", "budget")}
+    return merged.select(torch.argsort(origin))
+
+
+def forget_tokens(rollouts: Rollouts, rows: Tensor) -> Rollouts:
+    """A copy in which the given rows (bool ``[N]``) are as if nothing of them had been generated."""
+    out = rollouts.clone()
+    for name, values in out.token.items():
+        out.token[name] = torch.where(rows[:, None], torch.zeros_like(values), values)
+    out.row["lengths"] = torch.where(rows, 0, out.lengths)
+    out.row["finished"] = out.finished & ~rows
+    out.row["stop_reason"] = torch.where(rows, int(StopReason.ABORTED), out.row["stop_reason"])
+    return out
