@@ -116,8 +116,8 @@ def every_signal_is_there(bench: SamplerBench) -> None:
     assert torch.equal(out.completion_mask, inside)
     assert torch.equal(out.loss_weights, inside.float())
     assert int(out.lengths.max()) == width, "token signals are wider than the longest completion"
-    for name in types:
-        assert not bool((out.token[name] != 0)[~inside].any()), f"{name} is not 0 beyond the completions"
+    for name, values in out.token.items():
+        assert not bool((values != 0)[~inside].any()), f"{name} is not 0 beyond the completions"
     assert bool((out.logprobs["sampler"] <= 0).all())
     assert bool(torch.isfinite(out.logprobs["sampler"]).all())
     assert bool((out.token["policy_version"] == bench.version)[inside].all())

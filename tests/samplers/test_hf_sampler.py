@@ -86,6 +86,8 @@ def test_rows_that_have_ended_leave_the_batch(qwen: Any, monkeypatch: pytest.Mon
     useful = int(out.lengths.sum()) - len(out)  # the first token of each comes from the prefill
     assert useful <= sum(calls.steps) <= useful + len(out) / 16 * int(out.lengths.max())
     assert len(calls.steps) == int(out.lengths.max()) - 1
+    for values in out.token.values():  # of what a row drew between its end and its leaving nothing is left
+        assert not bool((values != 0)[~out.completion_mask].any())
 
 
 def test_no_forward_runs_after_the_last_token(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:

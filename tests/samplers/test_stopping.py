@@ -49,7 +49,7 @@ CASES = [
     (character_tokenizer, ["ab", "cc", "?"], "abc?= "),
     (byte_tokenizer, ["the", "</s", " the", "th", "é", "€.", "e</"], "the é€.</s>"),
     (byte_tokenizer, ["\n\n", "a\n"], "a\nb "),
-    (sentencepiece_tokenizer, [" a", "the a", "e\n"], "the a\n."),
+    (sentencepiece_tokenizer, [" a", "the a", "e\n", "the ", "a "], "the a\n."),
 ]
 
 

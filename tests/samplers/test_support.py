@@ -70,6 +70,11 @@ def test_a_nucleus_smaller_than_the_most_likely_token_keeps_it() -> None:
     assert int(processed_logprobs(logits(), Sampling(top_p=1e-9)).isfinite().sum()) == 5
 
 
+def test_a_nucleus_that_reaches_the_bound_exactly_is_complete() -> None:
+    found = processed_logprobs(torch.zeros(1, 4), Sampling(top_p=0.5))
+    assert found[0].isfinite().tolist() == [True, True, False, False]
+
+
 def test_temperature_0_is_the_distribution_of_temperature_1() -> None:
     found = processed_logprobs(logits(), Sampling(temperature=0.0, top_k=2, top_p=0.5))
     torch.testing.assert_close(found, logits().log_softmax(-1))
