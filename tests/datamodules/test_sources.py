@@ -112,6 +112,7 @@ def test_a_divided_source_keeps_its_settings_and_its_bounds(tmp_path: Path) -> N
     assert held_out.part == pytest.approx((0.65, 0.8))
     assert (held_out.samples, held_out.limit, held_out.template) == (4, 10, "{q}?")
     assert held_out.split == "train"
+    assert source.divide(0.25)[1].limit is None  # the limit is that of the training prompts
     kept = {r["prompt"] for r in train.records()}
     assert not kept & {r["prompt"] for r in held_out.records("test")}
 
