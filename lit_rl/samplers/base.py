@@ -113,7 +113,7 @@ class RolloutRequest:
     def clone(self) -> RolloutRequest:
         """A copy whose settings and tensors may be changed without touching this one (prompts are shared)."""
         budgets = None if self.budgets is None else self.budgets.clone()
-        copied = {"group": self.group.clone(), "sample": self.sample.clone(), "budgets": budgets}
+        copied: dict[str, Any] = {"group": self.group.clone(), "sample": self.sample.clone(), "budgets": budgets}
         return replace(self, sampling=replace(self.sampling), edits=list(self.edits), **copied)
 
     def diff(self, before: RolloutRequest, skip: Collection[str] = ()) -> dict[str, int]:
