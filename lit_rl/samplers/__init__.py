@@ -2,11 +2,13 @@
 """Rollout samplers: they turn prompts into completions with log-probabilities."""
 
 from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler, Sampling
+from lit_rl.samplers.dataset import DatasetSampler
 from lit_rl.samplers.environment import EnvironmentSampler
 from lit_rl.samplers.hf import HFSampler
 from lit_rl.samplers.partial import PartialSampler
 
 __all__ = [
+    "DatasetSampler",
     "EnvironmentSampler",
     "HFSampler",
     "PartialSampler",
