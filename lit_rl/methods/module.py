@@ -94,6 +94,14 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name, choice, choices in (
+            ("old_logprobs", old_logprobs, ("auto", "recompute", "sampler")),
+            ("on_nonfinite", on_nonfinite, ("error", "skip")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {choice!r}.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, or None to leave gradients alone, got {max_grad_norm}.")
         if updates_per_rollout > prompts_per_step:
             raise ValueError(
                 f"updates_per_rollout={updates_per_rollout} needs at least as many prompts, but prompts_per_step is "
