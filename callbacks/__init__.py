@@ -9,7 +9,9 @@ from lit_rl.callbacks.grpo_lambda import GRPOLambda
 from lit_rl.callbacks.guard import Bound, DivergenceGuard
 from lit_rl.callbacks.npo import NPOSchedule
 from lit_rl.callbacks.pds import PredictiveDynamicSampling
-from lit_rl.callbacks.recap import RECAP, Objective
+from lit_rl.callbacks.recap import RECAP
+from lit_rl.callbacks.recap_objective import Objective
+from lit_rl.callbacks.reference_update import ReferenceUpdate
 from lit_rl.callbacks.rollout_logger import RolloutLogger
 from lit_rl.callbacks.schedule import ScalarSchedule
 
@@ -24,6 +26,7 @@ __all__ = [
     "NPOSchedule",
     "Objective",
     "PredictiveDynamicSampling",
+    "ReferenceUpdate",
     "RewardAlarm",
     "RolloutLogger",
     "ScalarSchedule",

@@ -25,6 +25,9 @@ ADVICE = {
 class RewardAlarm(RolloutCallback):
     """Counts bad steps of each kind in a row; after ``patience`` of them warns once, and stops if asked.
 
+    Bad is a step in which every completion scores 0, in which none can be scored, or in which one of the shares below
+    is exceeded. Logged: ``alarm/bad_steps``, the longest present row of bad steps.
+
     Args:
         patience: bad steps in a row before the alarm.
         truncated: alarm if more than this share of completions hits the budget.
@@ -50,23 +53,23 @@ class RewardAlarm(RolloutCallback):
         self.counts: dict[str, int] = dict.fromkeys(ADVICE, 0)
         self.rung: dict[str, bool] = dict.fromkeys(ADVICE, False)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the reduced metrics of the step."""
-        if pl_module.interrupted:
-            return
-        logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        reward = logged.get("reward/mean", math.nan)
-        bad = {"zero_reward": reward == 0 and logged.get("reward/std", 0.0) == 0, "no_reward": math.isnan(reward)}
-        for name, bound in self.bounds.items():
-            bad[name] = logged.get(f"rollout/{name}_ratio", 0.0) > bound
+    def check_setup(self, module: Any) -> None:
+        """Refuse a method without rewards."""
+        if not module.rewards and "rewards" not in module.sampler.provides:
+            raise ValueError(f"RewardAlarm watches rewards, but {type(module).__name__} has none: remove it.")
+
+    def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+        """Look at what the step measured."""
+        reward = metrics.get("reward/mean", math.nan)
+        bad = {"zero_reward": reward == 0 and metrics.get("reward/std", 0.0) == 0, "no_reward": math.isnan(reward)}
+        bad |= {name: metrics.get(f"rollout/{name}_ratio", 0.0) > bound for name, bound in self.bounds.items()}
         for name, is_bad in bad.items():
             self.counts[name] = self.counts[name] + 1 if is_bad else 0
             if self.counts[name] >= self.patience and not self.rung[name]:
                 self.rung[name] = True
                 rank_zero_warn(f"For {self.counts[name]} steps in a row {ADVICE[name]}")
-                if self.stop:
-                    trainer.should_stop = True
-        pl_module.log("alarm/bad_steps", float(max(self.counts.values())))
+                trainer.should_stop = trainer.should_stop or self.stop
+        module.log("alarm/bad_steps", float(max(self.counts.values())))
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": dict(self.counts), "rung": dict(self.rung)}

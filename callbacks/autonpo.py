@@ -6,108 +6,72 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rl import distributed as ranks
-from lit_rl.callbacks.npo import refuse_stale_samplers
-from lit_rl.callbacks.npo_guide import GuideCache, build_cache, inject, sample_prompts
-from lit_rl.hooks import RolloutCallback
-from lit_rl.rewind import StateRing, rewind, weights_of
+from lit_rl.callbacks.monitor import Monitor
+from lit_rl.callbacks.npo import GuidedReplay
+from lit_rl.callbacks.npo_guide import ISMode, sample_guide, sample_in_parts
+from lit_rl.callbacks.npo_trigger import Stagnation, choose_distance
+from lit_rl.callbacks.signal import verdicts
+from lit_rl.rewind import StateRing, weights_of
 from lit_rl.rollouts import Rollouts
 
 
-def choose_distance(quality: dict[int, float], variance: dict[int, float]) -> int:
-    r"""The distance Δ that maximises :math:`\hat S = \hat Q / \hat V`; the smaller one of equals.
-
-    >>> choose_distance({20: 0.3, 30: 0.6}, {20: 1.0, 30: 1.5})
-    30
-    """
-    return min(quality, key=lambda d: (-quality[d] / variance[d], d))
-
-
-class RewardStagnation:
-    """The trigger: the smoothed reward has stopped rising while the smoothed entropy keeps falling.
-
-    Constants are reconstructed: the sources name the two signals but give no numbers.
-
-    Args:
-        decay: of both moving averages.
-        window: w, steps that both are compared over.
-        reward_gain: the reward stagnates if it gained less than this over the window.
-        entropy_drop: the entropy falls if it lost more than this share over the window.
-    """
-
-    def __init__(self, decay: float, window: int, reward_gain: float, entropy_drop: float) -> None:
-        self.decay, self.window = decay, window
-        self.reward_gain, self.entropy_drop = reward_gain, entropy_drop
-        self.rewards: deque[float] = deque(maxlen=window + 1)
-        self.entropies: deque[float] = deque(maxlen=window + 1)
-
-    def update(self, reward: float, entropy: float) -> bool:
-        """Take one step's values; True if the trigger fires."""
-        for history, value in ((self.rewards, reward), (self.entropies, entropy)):
-            history.append(self.decay * history[-1] + (1 - self.decay) * value if history else value)
-        if len(self.rewards) <= self.window:
-            return False
-        stagnates = self.rewards[-1] - self.rewards[0] < self.reward_gain
-        return stagnates and self.entropies[-1] < (1 - self.entropy_drop) * self.entropies[0]
-
-    def reset(self) -> None:
-        """Forget everything: after a replay the comparison starts anew."""
-        self.rewards.clear()
-        self.entropies.clear()
-
-
-class AutoNPO(RolloutCallback):
+class AutoNPO(GuidedReplay):
     r"""AutoNPO (arXiv 2604.20733): when learning stalls, the present policy helps an earlier self over what it failed.
 
     A pool holds recent prompts whose groups were almost always wrong. When the reward stagnates while the entropy
-    falls, the policy is probed on some of them; if it now solves a useful share, the rollback distance is
-    :math:`\Delta^* = \arg\max_\Delta \hat Q(\Delta) / \hat V(\Delta)` over the saved states: Q̂ is its pass rate on the
-    pool's prompts of the last Δ steps, V̂ grows with the per-token KL between the two policies. Its correct completions
-    are cached, the run goes back and replays the segment with slot replacement (see `NPOSchedule`), then goes on.
+    falls, the policy is probed on some of them; if it solves a useful share by now, the rollback distance is
+    :math:`\Delta^* = \arg\max_\Delta \hat Q(\Delta) / \hat V(\Delta)` over the saved states: :math:`\hat Q` is its pass
+    rate on the pool's prompts of the last Δ steps, :math:`\hat V` grows with the per-token KL to the policy of that
+    time. Its correct completions of these prompts are cached, the run goes back by Δ* and replays the segment with
+    their help (see `GuidedReplay`). Then the controller is armed again.
 
-    RECONSTRUCTED, because the sources give no numbers or form: all constants of trigger, pool and probe, the candidate
-    distances' grid, the cooldown, and both forms of V̂: ``"exp"`` is :math:`e^{c k L}` with k the mean per-token KL
-    (k3 estimate on the guide's tokens) and L the mean length; ``"kl"`` is :math:`\max(k, floor)`. A raw KL without
-    floor would always choose the smallest distance.
+    RECONSTRUCTED, because the sources give no numbers or form: all constants of trigger, pool and probe, the grid of
+    distances, and both forms of :math:`\hat V`: ``"exp"`` is :math:`e^{c k L}` with k the mean per-token KL (k3
+    estimate on the probe's tokens) and L their mean length; ``"kl"`` is :math:`\max(k, floor)`. A raw KL without floor
+    would always choose the smallest distance. The trigger starts from nothing after a replay, which keeps the run from
+    going back again for Δ* + w steps.
+
+    Logged beside `GuidedReplay`'s: ``npo/pool_size``, ``npo/trigger``; when it fired, ``npo/probe_pass_rate``; when the
+    run goes back, ``npo/delta_star`` and, for Δ* and as ``npo/…_<Δ>`` for every Δ, ``npo/q_hat``, ``npo/v_hat`` and
+    ``npo/s_hat``.
 
     Args:
-        distances: candidate rollback distances in rollout steps; states are saved at their greatest common divisor.
-        gate: replace in groups of at most this accuracy.
-        strict: require less than ``gate``.
+        distances: candidate rollback distances in rollout steps. States are saved, and the trigger is acted upon, at
+            multiples of their greatest common divisor.
+        gate: replace in groups of at most this accuracy. 0.6 in the paper.
+        strict: require less than ``gate``, see `NPOSchedule`.
         is_mode: π_old of the replaced slot, see `NPOSchedule`.
         samples: completions that the guide draws of each prompt of the pool.
         mistake_accuracy: groups of at most this accuracy enter the pool.
         pool_size: prompts in the pool, first in, first out.
         probe_prompts: prompts of the probe, one completion each.
         probe_pass_rate: the probe confirms from this pass rate on.
-        v_mode: form of V̂.
+        v_mode: form of :math:`\hat V`.
         v_scale: c of the exponential form.
         v_floor: floor of the KL form.
         reward_monitor: logged value whose stagnation triggers.
         entropy_monitor: logged value whose fall triggers.
         decay: of both moving averages.
         window: w, steps that both are compared over.
-        reward_gain: stagnation threshold.
-        entropy_drop: entropy threshold.
+        reward_gain: the reward stagnates if it gained less than this over the window.
+        entropy_drop: the entropy falls if it lost more than this share over the window.
         max_interventions: how often the run may go back; 0 leaves it untouched.
-        max_bytes: bound on the saved states.
+        max_bytes: bound on the saved states of one rank.
     """
 
-    requires = frozenset({"correct"})
-    rewinds = False
+    folder = "autonpo"
 
     def __init__(
         self,
         distances: Sequence[int] = (20, 30, 40, 50, 60, 70),
         gate: float = 0.6,
         strict: bool = False,
-        is_mode: Literal["on_policy", "exact"] = "on_policy",
+        is_mode: ISMode = "on_policy",
         samples: int = 4,
         mistake_accuracy: float = 0.25,
         pool_size: int = 1024,
@@ -129,148 +93,122 @@ class AutoNPO(RolloutCallback):
             raise ValueError(f"distances must be positive rollout steps, got {list(distances)}.")
         if v_mode not in ("exp", "kl"):
             raise ValueError(f"v_mode must be 'exp' or 'kl', got {v_mode!r}.")
-        if is_mode not in ("on_policy", "exact"):
-            raise ValueError(f"is_mode must be 'on_policy' or 'exact', got {is_mode!r}.")
-        self.distances = sorted(distances)
-        self.every = math.gcd(*self.distances)
-        self.gate, self.strict, self.is_mode, self.samples = gate, strict, is_mode, samples
+        if min(pool_size, probe_prompts) < 1:
+            raise ValueError(f"pool_size and probe_prompts must be at least 1, got {pool_size} and {probe_prompts}.")
+        self.distances, self.every = sorted(set(distances)), math.gcd(*distances)
+        ring = StateRing(max(distances) // self.every + 1, max_bytes)
+        super().__init__(gate, strict, samples, is_mode, ring)
         self.mistake_accuracy, self.probe_prompts, self.probe_pass_rate = (
             mistake_accuracy,
             probe_prompts,
             probe_pass_rate,
         )
         self.v_mode, self.v_scale, self.v_floor = v_mode, v_scale, v_floor
-        self.reward_monitor, self.entropy_monitor = reward_monitor, entropy_monitor
-        self.max_interventions = max_interventions
-        self.trigger = RewardStagnation(decay, window, reward_gain, entropy_drop)
-        self.ring = StateRing(Path("."), max(self.distances) // self.every + 1, max_bytes)
-        self.pool: deque[tuple[int, int]] = deque(maxlen=pool_size)  # (draw, rollout step)
-        self.cache: GuideCache | None = None
-        self.replay_until = self.armed_from = self.interventions = 0
+        self.entropy_monitor, self.max_interventions = entropy_monitor, max_interventions
+        self.monitors = [Monitor(name, type(self).__name__) for name in (reward_monitor, entropy_monitor)]
+        self.trigger = Stagnation(decay, window, reward_gain, entropy_drop)
+        self.pool: deque[tuple[int, int]] = deque(maxlen=pool_size)  # (rollout step, draw)
+        self.fired, self.interventions = False, 0
 
     def check_setup(self, module: Any) -> None:
-        """Refuse samplers that carry completions over, and a guide that could not be told from the policy."""
-        refuse_stale_samplers(type(self).__name__, module)
+        super().check_setup(module)
         if self.entropy_monitor == "policy/entropy" and not module.keep_entropy:
             raise ValueError("AutoNPO watches policy/entropy: set keep_entropy: true, or another entropy_monitor.")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keep the state that the run starts from."""
-        self.ring.folder = pl_module.run_dir / "npo"
+        super().on_train_start(trainer, pl_module)
         self._keep(pl_module)
 
     def on_rewards(self, trainer: Any, module: Any, rollouts: Rollouts) -> Rollouts | None:
-        """Note what went wrong; during a replay, replace slots."""
-        if not self.max_interventions:
-            return None
-        wrong = rollouts.group_mean(rollouts.correct) <= self.mistake_accuracy
-        draws = rollouts.prompts.draw.to(rollouts.device)[wrong]
-        everyone, _ = ranks.all_gather_concat(draws)
-        self.pool += [(draw, module.rollout_step) for draw in everyone.tolist()]
-        module.ledger.mean("npo/pool_size", torch.tensor([float(len(self.pool))]))
-        if self.cache is None:
-            return None
-        return inject(module, rollouts, self.cache, self.gate, self.strict, self.is_mode)
+        """Note what went wrong, before slots are replaced."""
+        if self.max_interventions:
+            wrong = rollouts.group_mean(verdicts(rollouts)) <= self.mistake_accuracy
+            everywhere, _ = ranks.all_gather_concat(rollouts.prompts.draw.to(rollouts.device)[wrong])
+            self.pool += [(module.rollout_step, draw) for draw in everywhere.tolist()]
+        return super().on_rewards(trainer, module, rollouts)
+
+    def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+        """Watch reward and entropy."""
+        super().on_metrics(trainer, module, metrics)
+        reward, entropy = (monitor.read(metrics) for monitor in self.monitors)
+        self.fired = self.trigger.update(reward, entropy) if math.isfinite(reward + entropy) else False
+        module.log_dict({"npo/trigger": float(self.fired), "npo/pool_size": float(len(self.pool))})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End a replay, or watch the trigger and intervene."""
+        """End a replay, or go back if the trigger fired and the probe confirms it."""
         if pl_module.interrupted or not self.max_interventions:
             return
-        if self.cache is not None and pl_module.rollout_step >= self.replay_until:
-            self.cache = None
-        reward, entropy = (
-            float(trainer.callback_metrics.get(name, math.nan)) for name in (self.reward_monitor, self.entropy_monitor)
-        )
-        fired = math.isfinite(reward) and math.isfinite(entropy) and self.trigger.update(reward, entropy)
-        ready = self.cache is None and self.interventions < self.max_interventions
-        fired = fired and ready and pl_module.rollout_step >= self.armed_from
-        pl_module.log_dict({"npo/trigger": float(fired), "npo/replaying": float(self.cache is not None)})
-        if fired and self.probe(pl_module):
-            self.intervene(pl_module)
+        if self.replay_is_over(pl_module):
+            self.trigger.reset()
+        elif self.fired and self.cache is None and self.interventions < self.max_interventions:
+            self.consider(pl_module)
         self._keep(pl_module)
 
-    def probe(self, module: Any) -> bool:
-        """Whether the policy now solves a useful share of its old failures."""
-        recent = [draw for draw, _ in list(self.pool)[-self.probe_prompts :]]
-        if not recent:
-            return False
-        verdicts = sample_prompts(module, recent, 1, "probe").correct
-        rate = float(ranks.broadcast_object(float(torch.nan_to_num(verdicts).mean())))  # type: ignore[arg-type]
-        module.log("npo/probe_pass_rate", rate)
-        return rate >= self.probe_pass_rate
-
-    def intervene(self, module: Any) -> None:
-        """Choose Δ, cache the guide's completions, go back."""
+    def consider(self, module: Any) -> None:
+        """Go back if there is somewhere to go back to and the policy solves a useful share of its old failures."""
         now = module.rollout_step
-        saved = [d for d in self.distances if now - d in self.ring.files]
-        within = {d: {draw for draw, step in self.pool if step >= now - d} for d in saved}
-        saved = [d for d in saved if within[d]]
-        if not saved:
+        mistakes = {d: {draw for step, draw in self.pool if step >= now - d} for d in self.distances}
+        candidates = [d for d in self.distances if now - d in self.ring.files and mistakes[d]]
+        if not candidates:
             return
-        guide = sample_prompts(module, sorted(within[saved[-1]]), self.samples, "guide")
-        quality = self.quality(guide, {d: within[d] for d in saved})
-        variance = {d: self.variance(module, guide, now - d) for d in saved}
-        best = int(str(ranks.broadcast_object(choose_distance(quality, variance))))
-        keep = torch.tensor([int(d) in within[best] for d in guide.prompts.draw], device=guide.device)
-        self.cache = build_cache(module, guide.select_groups(keep))
-        score = quality[best] / variance[best]
-        module.log_dict(
-            {"npo/delta_star": float(best), "npo/q_hat": quality[best], "npo/v_hat": variance[best], "npo/s_hat": score}
-        )
-        for d in saved:
-            module.log_dict({f"npo/q_hat_{d}": quality[d], f"npo/v_hat_{d}": variance[d]})
-        self.pool = deque((x for x in self.pool if x[1] < now - best), maxlen=self.pool.maxlen)
-        rewind(module, self.ring, now - best)
-        self.replay_until, self.armed_from = now, now + self.trigger.window
+        probe = list(sample_in_parts(module, [draw for _, draw in self.pool][-self.probe_prompts :], 1, "probe"))
+        verdict = torch.cat([part.correct for part in probe]).double()
+        right, known = ranks.all_sum(torch.stack([(verdict == 1).sum(), (~torch.isnan(verdict)).sum()])).tolist()
+        module.log("npo/probe_pass_rate", right / max(known, 1))
+        if right < self.probe_pass_rate * known or not right:
+            return
+        cache, accuracy = sample_guide(module, sorted(mistakes[candidates[-1]]), self.samples)
+        quality = {d: self.quality(accuracy, mistakes[d]) for d in candidates}
+        variance = {d: self.variance(module, probe, now - d) for d in candidates}
+        best: Any = ranks.broadcast_object(choose_distance(quality, variance))
+        if not quality[best]:
+            return
+        for name, d in {"": best, **{f"_{d}": d for d in candidates}}.items():
+            module.log_dict({f"npo/q_hat{name}": quality[d], f"npo/v_hat{name}": variance[d]})
+            module.log(f"npo/s_hat{name}", quality[d] / variance[d])
+        module.log("npo/delta_star", float(best))
         self.interventions += 1
-        self.trigger.reset()
-        rank_zero_info(
-            f"AutoNPO: back by {best} to rollout step {now - best} with {len(self.cache)} guide completions."
-        )
+        self.replay(module, cache.only(mistakes[best]), now - best)
 
-    def quality(self, guide: Rollouts, prompts: dict[int, set[int]]) -> dict[int, float]:
-        """Q̂(Δ): pass rate of the guide on the pool's prompts of the last Δ steps."""
-        rate = torch.nan_to_num(guide.group_mean(guide.correct)).tolist()
-        by_draw = {int(d): r for d, r in zip(guide.prompts.draw, rate)}
-        return {d: sum(by_draw[x] for x in draws) / len(draws) for d, draws in prompts.items()}
+    def quality(self, accuracy: dict[int, float], draws: set[int]) -> float:
+        """Q̂(Δ): mean pass rate on the given prompts; those that could not be scored are left out."""
+        known = [accuracy[draw] for draw in draws if not math.isnan(accuracy.get(draw, math.nan))]
+        return sum(known) / max(len(known), 1)
 
-    def variance(self, module: Any, guide: Rollouts, step: int) -> float:
-        """V̂: from the mean per-token KL(guide ‖ state at ``step``) on the guide's tokens."""
-        mask = guide.kept_mask()
-        with weights_of(module, self.ring, step):
-            earlier, _ = module.policy_logprobs(guide, module.model)
-        gap = torch.where(mask, earlier - guide.logprobs["sampler"], 0.0)
-        k = float((gap.exp() - gap - 1).sum() / mask.sum().clamp(min=1))
-        if self.v_mode == "kl":
-            return max(k, self.v_floor)
-        return math.exp(min(self.v_scale * k * float(guide.lengths.float().mean()), 700.0))
+    def variance(self, module: Any, probe: Sequence[Rollouts], step: int) -> float:
+        """V̂(Δ): from the mean per-token KL(present policy ‖ policy of rollout step ``step``) on sampled tokens."""
+        sums = torch.zeros(3, dtype=torch.float64, device=module.device)  # KL, tokens, completions
+        for part in probe:
+            mask = part.kept_mask()
+            present, _ = module.policy_logprobs(part, module.model)
+            with weights_of(module, self.ring, step):
+                earlier, _ = module.policy_logprobs(part, module.model)
+            gap = torch.where(mask, earlier - present, 0.0).double()
+            k3 = (gap.exp() - gap - 1).sum()
+            sums += torch.stack([k3, mask.sum().double(), torch.tensor(float(len(part))).to(k3)])
+        total, tokens, completions = ranks.all_sum(sums).tolist()
+        k, length = total / max(tokens, 1), tokens / max(completions, 1)
+        return max(k, self.v_floor) if self.v_mode == "kl" else math.exp(min(self.v_scale * k * length, 700.0))
 
     def _keep(self, module: Any) -> None:
-        if self.max_interventions and module.rollout_step % self.every == 0:
+        step = module.rollout_step
+        if self.max_interventions and step % self.every == 0 and step not in self.ring.files:
             self.ring.save(module)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Delete states that no kept checkpoint refers to."""
-        self.ring.on_checkpoint()
+    def on_rewind(self, trainer: Any, module: Any, step: int) -> None:
+        """Forget the mistakes and the trigger's memory of the abandoned future too."""
+        super().on_rewind(trainer, module, step)
+        self.pool = deque((mistake for mistake in self.pool if mistake[0] < step), maxlen=self.pool.maxlen)
+        self.trigger.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "ring": self.ring.state_dict(),
-            "pool": list(self.pool),
-            "cache": None if self.cache is None else self.cache.state_dict(),
-            "replay_until": self.replay_until,
-            "armed_from": self.armed_from,
-            "interventions": self.interventions,
-            "rewards": list(self.trigger.rewards),
-            "entropies": list(self.trigger.entropies),
-        }
+        pool = torch.tensor(list(self.pool), dtype=torch.long).reshape(-1, 2)
+        own = {"pool": pool, "interventions": self.interventions, "trigger": self.trigger.state_dict()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.ring.load_state_dict(state_dict["ring"])
-        self.pool = deque((tuple(x) for x in state_dict["pool"]), maxlen=self.pool.maxlen)
-        cache = state_dict["cache"]
-        self.cache = None if cache is None else GuideCache.from_state(cache)
-        for name in ("replay_until", "armed_from", "interventions"):
-            setattr(self, name, state_dict[name])
-        self.trigger.rewards = deque(state_dict["rewards"], maxlen=self.trigger.window + 1)
-        self.trigger.entropies = deque(state_dict["entropies"], maxlen=self.trigger.window + 1)
+        super().load_state_dict(state_dict)
+        self.pool = deque(((step, draw) for step, draw in state_dict["pool"].tolist()), maxlen=self.pool.maxlen)
+        self.interventions = state_dict["interventions"]
+        self.trigger.load_state_dict(state_dict["trigger"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_rl.callbacks.monitor import Monitor
 from lit_rl.hooks import RolloutCallback
-from lit_rl.rewind import StateRing, rewind
+from lit_rl.rewind import StateRing, check_rewinder, rewind
 
 
 @dataclass
@@ -37,7 +37,9 @@ class DivergenceGuard(RolloutCallback):
     """Watches logged values; out of bounds for ``patience`` steps, the run goes back to its last good state or stops.
 
     A rewound run draws the same prompts again. With nothing else changed it would diverge again, so the learning rate
-    is multiplied by ``backoff`` after each rewind.
+    is multiplied by ``backoff`` after each rewind. A step that does not measure a value does not break its bound.
+
+    Logged: ``guard/bad_steps`` (unhealthy steps in a row) and ``guard/rewinds``.
 
     Args:
         bounds: healthy ranges of logged values.
@@ -68,41 +70,46 @@ class DivergenceGuard(RolloutCallback):
         if patience < 1 or every < 1 or keep < 1:
             raise ValueError("patience, every and keep must be at least 1.")
         self.bounds, self.action, self.patience = list(bounds), action, patience
-        self.every, self.max_rewinds, self.backoff, self.keep = every, max_rewinds, backoff, keep
+        self.every, self.max_rewinds, self.backoff = every, max_rewinds, backoff
+        self.monitors = [Monitor(bound.monitor, type(self).__name__) for bound in bounds]
         self.bad_steps = self.rewound = 0
-        self.ring = StateRing(Path("."), keep)
+        self.broken: list[str] = []
+        self.ring = StateRing(keep)
+
+    def check_setup(self, module: Any) -> None:
+        """Refuse samplers that carry completions over into a rewound run."""
+        if self.action == "rewind":
+            check_rewinder(self, module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keep the state that the run starts from."""
-        self.ring.folder = pl_module.run_dir / "guard"
+        self.ring.open(pl_module, "guard")
         if self.action == "rewind" and not self.ring.steps():
             self.ring.save(pl_module)
+
+    def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+        """Compare the step's values with their bounds."""
+        self.broken = []
+        for bound, monitor in zip(self.bounds, self.monitors):
+            value = monitor.read(metrics)
+            if bound.monitor in metrics and not bound.holds(value):
+                self.broken.append(f"{bound.monitor} = {value:.4g} is outside [{bound.low}, {bound.high}]")
+        self.bad_steps = self.bad_steps + 1 if self.broken else 0
+        module.log_dict({"guard/bad_steps": float(self.bad_steps), "guard/rewinds": float(self.rewound)})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save a good state, or act on a bad one."""
         if pl_module.interrupted:
             return
-        broken = self.broken(trainer)
-        self.bad_steps = self.bad_steps + 1 if broken else 0
-        pl_module.log_dict({"guard/bad_steps": float(self.bad_steps), "guard/rewinds": float(self.rewound)})
         if self.bad_steps >= self.patience:
-            self.act(trainer, pl_module, broken[0])
-        elif not broken and self.action == "rewind" and pl_module.rollout_step % self.every == 0:
+            self.act(trainer, pl_module, self.broken[0])
+        elif not self.broken and self.action == "rewind" and pl_module.rollout_step % self.every == 0:
             self.ring.save(pl_module)
-
-    def broken(self, trainer: Any) -> list[str]:
-        """Sentences about the bounds that do not hold."""
-        found = []
-        for bound in self.bounds:
-            value = trainer.callback_metrics.get(bound.monitor)
-            if value is not None and not bound.holds(float(value)):
-                found.append(f"{bound.monitor} = {float(value):.4g} is outside [{bound.low}, {bound.high}]")
-        return found
 
     def act(self, trainer: Any, module: Any, why: str) -> None:
         """Rewind with a smaller learning rate, or stop."""
         self.bad_steps = 0
-        if self.action == "stop" or self.rewound >= self.max_rewinds:
+        if self.action == "stop" or self.rewound >= self.max_rewinds or not self.ring.steps():
             rank_zero_warn(f"DivergenceGuard stops the run at rollout step {module.rollout_step}: {why}.")
             trainer.should_stop = True
             return
@@ -113,9 +120,13 @@ class DivergenceGuard(RolloutCallback):
         self.ring.save(module)  # the next rewind starts from the smaller rate
         rank_zero_warn(f"DivergenceGuard went back to rollout step {step}: {why}.")
 
+    def on_rewind(self, trainer: Any, module: Any, step: int) -> None:
+        """Forget the states of the abandoned future."""
+        self.ring.forget_after(step)
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Delete states that no kept checkpoint refers to."""
-        self.ring.on_checkpoint()
+        """The checkpoint refers to the ring's files."""
+        self.ring.refer(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"bad_steps": self.bad_steps, "rewound": self.rewound, "ring": self.ring.state_dict()}
