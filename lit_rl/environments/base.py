@@ -36,6 +36,10 @@ class Episode(ABC):
     def step(self, text: str) -> Turn:
         """Answer the policy's newest turn (decoded, without special tokens)."""
 
+    def cut(self) -> float | None:
+        """A budget of tokens or turns ended the episode before it was done: the reward for that, if there is one."""
+        return None
+
     def close(self) -> None:  # noqa: B027
         """Release what the episode holds; called once, also after a failure."""
 

@@ -13,7 +13,8 @@ class GymnasiumEnvironment(Environment):
     """Plays environments with ``reset(seed=…) -> (observation, info)`` and
     ``step(action) -> (observation, reward, terminated, truncated, info)``.
 
-    The first observation follows the prompt, each turn of the policy is an action, rewards are summed.
+    The first observation follows the prompt, each turn of the policy is an action, rewards are summed. An episode that
+    a budget cuts keeps what it has earned, 0 if that is nothing.
 
     Args:
         env: an id for ``gymnasium.make``, or a function that makes an environment.
@@ -72,6 +73,9 @@ class _Play(Episode):
         action = self.environment.to_action(text)
         observation, reward, terminated, truncated, _ = self.env.step(action)
         return Turn(self.environment.show(observation), bool(terminated or truncated), float(reward))
+
+    def cut(self) -> float | None:
+        return 0.0
 
     def close(self) -> None:
         close = getattr(self.env, "close", None)

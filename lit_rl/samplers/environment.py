@@ -113,6 +113,7 @@ class EnvironmentSampler(SamplerWrapper):
                 if bool(is_open(rollouts).any()):  # the run is being stopped
                     break
                 rollouts = self._environment_turn(rollouts, began, state, last=turn == self.max_turns - 1)
+            rollouts = self._cut(rollouts, state)
         finally:
             self._call({i: episode.close for i, episode in state.episodes.items() if i not in state.hung})
         if training:
@@ -168,7 +169,7 @@ class EnvironmentSampler(SamplerWrapper):
         for i in ((began >= 0) & rollouts.finished).nonzero()[:, 0].tolist():
             ids = rollouts.completion_ids[i, int(began[i]) : int(rollouts.lengths[i])].tolist()
             texts[i] = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        outcomes = self._call({i: partial(state.episodes[i].step, text) for i, text in texts.items()})
+        outcomes = self._call({i: partial(_step, state.episodes[i], text) for i, text in texts.items()})
         answers: dict[int, Turn] = {}
         for i, outcome in outcomes.items():
             if not self._failed(outcome, i, state):
@@ -181,6 +182,14 @@ class EnvironmentSampler(SamplerWrapper):
         ended = (rollouts.row["stop_reason"] == StopReason.END).tolist()
         last_token = {i: int(rollouts.completion_ids[i, int(rollouts.lengths[i]) - 1]) for i in going_on if ended[i]}
         return self._append(_end(rollouts, list(going_on), StopReason.ABORTED), going_on, last_token, state)
+
+    def _cut(self, rollouts: Rollouts, state: _Episodes) -> Rollouts:
+        """Tell episodes that a budget has ended; they may have a reward for it."""
+        rows = (rollouts.row["stop_reason"] == StopReason.LENGTH).nonzero()[:, 0].tolist()
+        for i, outcome in self._call({i: state.episodes[i].cut for i in rows}).items():
+            if not self._failed(outcome, i, state):
+                state.add_reward(i, outcome.value)
+        return self._mark_failed(rollouts, state)
 
     def _append(
         self, rollouts: Rollouts, answers: dict[int, Turn], last_token: dict[int, int], state: _Episodes
@@ -204,8 +213,6 @@ class EnvironmentSampler(SamplerWrapper):
 
     def _failed(self, outcome: Outcome, i: int, state: _Episodes) -> bool:
         """Whether a call failed; if so it is counted, and warned about when a kind of failure is first seen."""
-        if outcome.failure is None and isinstance(outcome.value, Turn) and not _readable(outcome.value.observation):
-            outcome = Outcome(None, "error", f"an observation is {type(outcome.value.observation).__name__}, not text")
         if outcome.failure is None:
             return False
         state.failed.add(i)
@@ -276,13 +283,23 @@ class _Episodes:
 
 def _start(environment: Environment, record: dict[str, Any], seed: int) -> tuple[Episode, Observation]:
     episode = environment.start(record, seed)
-    return episode, episode.opening()
+    return episode, _checked(episode.opening())
 
 
-def _readable(observation: Any) -> bool:
-    if isinstance(observation, str):
-        return True
-    return isinstance(observation, list) and all(isinstance(m, dict) and "role" in m for m in observation)
+def _step(episode: Episode, text: str) -> Turn:
+    turn = episode.step(text)
+    if not isinstance(turn, Turn):
+        raise TypeError(f"step() must return a Turn, not {type(turn).__name__}")
+    if turn.reward is not None and math.isinf(turn.reward):
+        raise ValueError("an infinite reward")
+    return turn._replace(observation=_checked(turn.observation))
+
+
+def _checked(observation: Any) -> Observation:
+    messages = isinstance(observation, list) and all(isinstance(m, dict) and "role" in m for m in observation)
+    if not isinstance(observation, str) and not messages:
+        raise TypeError(f"an observation must be text or a list of messages, not {type(observation).__name__}")
+    return observation
 
 
 def _end(rollouts: Rollouts, rows: list[int], reason: StopReason) -> Rollouts:

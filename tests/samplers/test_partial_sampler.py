@@ -130,6 +130,19 @@ def test_the_budget_is_shared_by_all_segments():
     assert not rollouts.finished.any()
 
 
+def test_a_completion_keeps_the_budget_that_it_was_drawn_with():
+    sampler, _ = scripted(1000, 2, 1000, 2)
+    run = Steps(sampler)
+    request = run.request(1)
+    request.budgets = torch.tensor([5, 9])
+    sampler.sample(request)
+    assert sampler.sample(run.request(1)).prompts.draw.tolist() == [0]
+    request = run.request(1)  # draw 2 waits with 100 tokens, less the 3 that it had when draw 0 reached its 5
+    request.budgets = torch.tensor([50])
+    assert sampler.sample(request).lengths.tolist() == [2]
+    assert sampler.buffer.row["budget"].tolist() == [100]
+
+
 def test_rows_come_back_with_their_own_prompts_and_columns():
     sampler, _ = scripted(*LENGTHS)
     run = Steps(sampler, group_size=2)
@@ -291,6 +304,7 @@ def test_an_interrupted_step_can_be_undone():
     sampler.sample(stopped)
     assert sampler.buffer is not boundary[0]
     sampler.return_to(boundary)
+    assert sampler.buffer is boundary[0]
     run.cursor = cursor
     assert run.step(2).lengths.tolist() == [9, 4]
 
