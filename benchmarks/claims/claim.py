@@ -25,6 +25,12 @@ class WarmStart:
     seed: int = 1
 
 
+COLD_START = WarmStart(
+    overrides={"model.init_args.max_rollouts": 200, "model.init_args.scheduler.init_args.total": 200}
+)
+"""A third of the quickstart's warm start: the policy knows the form of a solution and is rarely right."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train: configuration files over the claim's own, and single values over those."""

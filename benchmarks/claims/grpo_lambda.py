@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.claim import Arm, Claim, Metric, at_end, smallest, total
+from benchmarks.claims.claim import COLD_START, Arm, Claim, Metric, at_end, smallest, total
 from benchmarks.claims.forced_length import forced_length_section
 from benchmarks.claims.report import Results, compare
 
@@ -15,13 +15,32 @@ CLAIM = Claim(
     sentence="A length penalty on the best-solved groups alone shortens completions much as a static penalty does, and "
     "the static penalty's collapse of accuracy does not happen.",
     source="arXiv 2505.18086",
-    setup="The quickstart's policy, right in about four of ten cases. `static` penalises length in every group from the "
-    "first step on (λ = 1), `lambda` in the best-solved fifth (λ = 0.2); α = 0.6 for both.",
-    overrides={"model.init_args.max_rollouts": 200, "trainer.val_check_interval": 20},
+    setup="The quickstart's policy, right in about a third of the cases, so that many groups are all wrong at first. Two static "
+    "penalties stand beside GRPO-λ (λ = 0.2, α = 0.6): `static-all` rewards every completion for being short, right or wrong, "
+    "as length rewards in general do; `static` is GRPO-λ with λ = 1, which penalises correct completions in every group.",
+    warm_start=COLD_START,
+    overrides={"model.init_args.max_rollouts": 120, "trainer.val_check_interval": 10},
     arms=[
         Arm("grpo"),
-        Arm("static", overrides={"trainer.callbacks+": [{"class_path": PENALTY, "init_args": {"fraction": 1.0}}]}),
-        Arm("lambda", overrides={"trainer.callbacks+": [{"class_path": PENALTY, "init_args": {"fraction": 0.2}}]}),
+        Arm(
+            "static-all",
+            overrides={
+                "model.init_args.rewards+": [
+                    {
+                        "class_path": "lit_rl.rewards.LengthReward",
+                        "init_args": {"start": 0.0, "end": -0.6, "max_length": 40},
+                    }
+                ]
+            },
+        ),
+        Arm(
+            "static",
+            overrides={"trainer.callbacks+": [{"class_path": PENALTY, "init_args": {"fraction": 1.0}}]},
+        ),
+        Arm(
+            "lambda",
+            overrides={"trainer.callbacks+": [{"class_path": PENALTY, "init_args": {"fraction": 0.2}}]},
+        ),
     ],
     metrics=[
         Metric("held-out pass@1 at the end", at_end("val/pass@1", over=3), "higher"),
@@ -37,6 +56,7 @@ CLAIM = Claim(
 def verdict(results: Results) -> str:
     """What the numbers say."""
     length = compare(results, "grpo", "lambda", "tokens a held-out completion at the end")
+    collapse = compare(results, "grpo", "static-all", "held-out pass@1 at the end")
     static = compare(results, "grpo", "static", "held-out pass@1 at the end")
     accuracy = compare(results, "grpo", "lambda", "held-out pass@1 at the end")
-    return f"Length, lambda against grpo: {length}. Accuracy, static: {static}; lambda: {accuracy}."
+    return f"Length, lambda against grpo: {length}. Accuracy, static-all: {collapse}; static: {static}; lambda: {accuracy}."

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.claim import Arm, Claim, Metric, WarmStart, at_end, reached
+from benchmarks.claims.claim import COLD_START, Arm, Claim, Metric, at_end, reached
 from benchmarks.claims.report import Results, compare
 
 GOAL = 0.8
@@ -14,13 +14,11 @@ CLAIM = Claim(
     sentence="Going back and letting a slightly later policy put one verified completion into each hard group reaches a "
     "given accuracy in fewer steps from a cold start, or ends higher.",
     source="arXiv 2604.20733",
-    setup="A cold start: the warm start has half of the quickstart's steps, so that most groups are all wrong at first. "
+    setup="A cold start: the warm start has a third of the quickstart's steps, so that most groups are all wrong at first. "
     "`npo` trains 30 steps ahead, goes back to the start and replays them with its guide; `autonpo` decides by itself. "
     "Steps of the final trajectory are `rollout_step`; trained steps and generated tokens count everything, the abandoned "
     "segment and the guide's samples included.",
-    warm_start=WarmStart(
-        overrides={"model.init_args.max_rollouts": 450, "model.init_args.scheduler.init_args.total": 450}
-    ),
+    warm_start=COLD_START,
     overrides={"model.init_args.max_rollouts": 200, "trainer.val_check_interval": 10},
     arms=[
         Arm("grpo"),

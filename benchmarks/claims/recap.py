@@ -15,14 +15,14 @@ CLAIM = Claim(
     sentence="Replay keeps a task that reinforcement learning on another one forgets, and weighing the objectives by how "
     "fast and how steadily they improve learns the new task no worse than uniform mixing.",
     source="arXiv 2510.21978",
-    setup="The warm-started policy knows two tasks: additions (right about a third of the time) and writing digits "
-    "backwards. Additions are then learned by reward. `reasoning-only` never sees the other task again, `uniform` replays "
+    setup="The warm-started policy knows two tasks, additions and subtractions, each taught by a "
+    "careless teacher. Additions are then learned by reward. `reasoning-only` never sees the other task again, `uniform` replays "
     "it in half of the prompts through a likelihood term, `recap` weighs the reward and that term.",
     warm_start=WarmStart(("configs/quickstart-warmup.yaml", f"{CONFIGS}/recap-warmup.yaml")),
     overrides={
-        "model.init_args.max_rollouts": 200,
-        "model.init_args.optimizer.init_args.lr": 3e-4,
-        "trainer.val_check_interval": 20,
+        "model.init_args.max_rollouts": 120,
+        "model.init_args.optimizer.init_args.lr": 2e-4,
+        "trainer.val_check_interval": 10,
     },
     arms=[
         Arm("reasoning-only", [f"{CONFIGS}/recap-reasoning-only.yaml"], SEEDED),
@@ -30,10 +30,10 @@ CLAIM = Claim(
         Arm("recap", [f"{CONFIGS}/recap-mixed.yaml", f"{CONFIGS}/recap-weighted.yaml"], SEEDED),
     ],
     metrics=[
-        Metric("pass@1 of the task to be kept, end", at_end("val/reversal/pass@1", over=3), "higher"),
+        Metric("pass@1 of the task to be kept, end", at_end("val/subtraction/pass@1", over=3), "higher"),
         Metric("pass@1 of the task to be learned, end", at_end("val/addition/pass@1", over=3), "higher"),
     ],
-    curves=["val/reversal/pass@1", "val/addition/pass@1"],
+    curves=["val/subtraction/pass@1", "val/addition/pass@1"],
 )
 
 
