@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public test kit: tiny runs and the contracts that components must keep.
 
-from lit_rl.testing import check_neutral, check_resume
+from lit_rl.testing import check_neutral, check_resume, check_sampler
 
 def test_my_callback_resumes(tmp_path):
     check_resume(tmp_path, lambda: [MyCallback()])
+
+def test_my_sampler_keeps_its_promises(tmp_path):
+    check_sampler(MySampler, tmp_path)
 """
 
 from lit_rl.testing.checks import (

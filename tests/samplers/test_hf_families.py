@@ -11,7 +11,7 @@ import torch
 from sampler_models import THREE, connected, full_logits, largest_gap, request, tiny_model
 
 from lit_rl.rollouts import StopReason
-from lit_rl.samplers import HFSampler
+from lit_rl.samplers import HFSampler, fast_decode
 
 DECODERS = {
     "Qwen2": "FastDecoder",
@@ -95,6 +95,34 @@ def test_qwen2_with_a_window_in_some_layers_only() -> None:
     sampler = connected(model)
     assert type(sampler.decoder).__name__ == "FastDecoder"
     assert largest_gap(model, sampler.sample(request(max_tokens=20))) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Llama", {"attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"num_key_value_heads": 4}),
+        ("Mistral", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": None}),
+        ("Qwen3", {"head_dim": 24, "attention_bias": True}),
+        ("Llama", {"hidden_act": "gelu"}),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
+        ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}}),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_fast_way_knows_the_variants_of_its_layers(
+    name: str, changes: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases, head counts, activations and rotations; with fused weights as for small models, and without."""
+    monkeypatch.setattr(fast_decode, "_FUSE_BELOW", 64_000_000 if fused else 0)
+    model = tiny_model(name, **changes)
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                p.normal_(generator=torch.Generator().manual_seed(1))
+    sampler = connected(model)
+    assert type(sampler.decoder).__name__ == "FastDecoder"
+    assert largest_gap(model, sampler.sample(request(max_tokens=20))) < 3e-5
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
