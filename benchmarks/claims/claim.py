@@ -26,7 +26,7 @@ class WarmStart:
 
 
 COLD_START = WarmStart(
-    overrides={"model.init_args.max_rollouts": 200, "model.init_args.scheduler.init_args.total": 200}
+    overrides={"model.init_args.max_rollouts": 250, "model.init_args.scheduler.init_args.total": 250}
 )
 """A third of the quickstart's warm start: the policy knows the form of a solution and is rarely right."""
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.claim import COLD_START, Arm, Claim, Metric, at_end, smallest, total
+from benchmarks.claims.claim import Arm, Claim, Metric, WarmStart, at_end, smallest, total
 from benchmarks.claims.forced_length import forced_length_section
 from benchmarks.claims.report import Results, compare
 
@@ -15,10 +15,17 @@ CLAIM = Claim(
     sentence="A length penalty on the best-solved groups alone shortens completions much as a static penalty does, and "
     "the static penalty's collapse of accuracy does not happen.",
     source="arXiv 2505.18086",
-    setup="The quickstart's policy, right in about a third of the cases, so that many groups are all wrong at first. Two static "
+    setup="A cold start (half of the quickstart's warm start), so that many groups are all wrong at first, from a teacher who states "
+    "every other column twice, so that there is length to save. Two static "
     "penalties stand beside GRPO-λ (λ = 0.2, α = 0.6): `static-all` rewards every completion for being short, right or wrong, "
     "as length rewards in general do; `static` is GRPO-λ with λ = 1, which penalises correct completions in every group.",
-    warm_start=COLD_START,
+    warm_start=WarmStart(
+        overrides={
+            "model.init_args.max_rollouts": 300,
+            "model.init_args.scheduler.init_args.total": 300,
+            "data.init_args.verbose": 0.5,
+        }
+    ),
     overrides={"model.init_args.max_rollouts": 120, "trainer.val_check_interval": 10},
     arms=[
         Arm("grpo"),

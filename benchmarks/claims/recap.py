@@ -20,9 +20,9 @@ CLAIM = Claim(
     "it in half of the prompts through a likelihood term, `recap` weighs the reward and that term.",
     warm_start=WarmStart(("configs/quickstart-warmup.yaml", f"{CONFIGS}/recap-warmup.yaml")),
     overrides={
-        "model.init_args.max_rollouts": 120,
+        "model.init_args.max_rollouts": 240,
         "model.init_args.optimizer.init_args.lr": 2e-4,
-        "trainer.val_check_interval": 10,
+        "trainer.val_check_interval": 20,
     },
     arms=[
         Arm("reasoning-only", [f"{CONFIGS}/recap-reasoning-only.yaml"], SEEDED),
