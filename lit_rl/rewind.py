@@ -27,7 +27,7 @@ class StateRing:
     the ring is deleted at once, unless a checkpoint that `RolloutCheckpoint` keeps refers to it; then it stays until
     that checkpoint is gone, because a run that is resumed from there may need it.
 
-    The owner calls `open` in ``on_train_start`` and `refer` in ``on_save_checkpoint``, and puts `state_dict` in its own.
+    The owner calls `open` in ``on_train_start``, `refer` in ``on_save_checkpoint``, and keeps `state_dict` in its own.
 
     Args:
         max_entries: how many states to keep.
