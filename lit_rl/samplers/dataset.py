@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rl.rollouts import Origin, Prompts, Rollouts, StopReason
 from lit_rl.samplers.base import RolloutRequest, RolloutSampler
 from lit_rl.samplers.hf import HFSampler
 from lit_rl.samplers.wrapping import SamplerWrapper
+
+if TYPE_CHECKING:
+    from lit_rl.methods.module import RLModule
 
 
 class DatasetSampler(SamplerWrapper):
@@ -48,6 +52,16 @@ class DatasetSampler(SamplerWrapper):
         self.continues_prefix = False
         self.column, self.origin = column, names[origin]
         self.append_end, self.max_tokens = append_end, max_tokens
+
+    def check_setup(self, module: RLModule) -> None:
+        super().check_setup(module)
+        trained_by = [term for term in module.loss_terms if term.origins is None or self.origin in term.origins]
+        what = f"{type(self).__name__} replays completions as {self.origin.name.lower()}, which"
+        if not trained_by:
+            raise ValueError(f"{what} no loss term trains: use the sampler inside it (`generator`) alone.")
+        if all(term.coefficient(module) == 0 for term in trained_by):
+            names = " and ".join(f"loss/{term.name}" for term in trained_by)
+            rank_zero_warn(f"{what} only {names} trains, with coefficient 0: set sft_coef, if no schedule does.")
 
     def generate(self, request: RolloutRequest) -> Rollouts:
         """The completions of the data and the sampled ones, in the order of the request's prompts."""

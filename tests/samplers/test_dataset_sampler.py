@@ -13,6 +13,8 @@ from lit_rl.data import EvalSet, GeneratedStream, ListStream, PromptDataModule
 from lit_rl.datamodules import MixtureDataModule
 from lit_rl.methods.grpo import GRPO
 from lit_rl.methods.sft import SFT
+from lit_rl.methods.terms import Term
+from lit_rl.policies import Policy
 from lit_rl.rollouts import Origin, Rollouts, StopReason
 from lit_rl.samplers.base import RolloutRequest
 from lit_rl.samplers.dataset import DatasetSampler, for_prompts
@@ -207,15 +209,22 @@ def test_numbers_of_a_step_are_about_what_the_policy_wrote(tmp_path: Path) -> No
         assert numbers["rollout/completions"] == len(mine)
 
 
-def test_without_its_coefficient_the_replayed_text_changes_nothing(tmp_path: Path) -> None:
+def test_replayed_text_that_nothing_trains_is_refused_or_warned_about(tmp_path: Path) -> None:
     policy = make_policy(tmp_path / "policy")
     rewards = [toy_reward(sources=["toy"], weight=0.0)]  # no signal from rewards either
     module = mixed_module(policy, sft_coef=0.0, rewards=rewards, max_rollouts=2)
-    train(tmp_path / "run", module, data=mixture())
-    from lit_rl.policies import Policy
-
+    with pytest.warns(UserWarning, match="only loss/sft trains, with coefficient 0: set sft_coef"):
+        train(tmp_path / "run", module, data=mixture())
     before = dict(Policy(str(policy)).load()[0].named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in module.model.named_parameters())
+
+    class RewardsOnly(GRPO):
+        def terms(self) -> list[Term]:
+            return [term for term in super().terms() if term.name != "sft"]
+
+    module = make_module(policy, RewardsOnly, sampler=DatasetSampler())
+    with pytest.raises(ValueError, match="as demonstration, which no loss term trains"):
+        train(tmp_path / "other", module, data=ToyData())
 
 
 def test_a_mixed_run_resumes_exactly(tmp_path: Path) -> None:
