@@ -100,23 +100,27 @@ def by_generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> Callabl
     return run
 
 
-def measure(run: Callable[[int], int], repeats: int, device: str) -> dict[str, float]:
-    """Median tokens per second over seeds 1, 2, …, after two runs that do not count."""
+def measure(runs: dict[str, Callable[[int], int]], repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Medians over seeds 1, 2, …, taken in turn so that a busy neighbour hits all alike; two turns do not count."""
 
-    def timed(seed: int) -> tuple[int, float]:
+    def timed(run: Callable[[int], int], seed: int) -> tuple[int, float]:
         start = time.perf_counter()
         tokens = run(seed)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         return tokens, time.perf_counter() - start
 
-    for seed in (101, 102):
-        timed(seed)
-    results = [timed(seed) for seed in range(1, repeats + 1)]
+    results: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
+    for seed in (101, 102, *range(1, repeats + 1)):
+        for name, run in runs.items():
+            results[name].append(timed(run, seed))
     return {
-        "tokens": statistics.median(tokens for tokens, _ in results),
-        "seconds": statistics.median(seconds for _, seconds in results),
-        "tokens_per_second": statistics.median(tokens / seconds for tokens, seconds in results),
+        name: {
+            "tokens": statistics.median(tokens for tokens, _ in found[2:]),
+            "seconds": statistics.median(seconds for _, seconds in found[2:]),
+            "tokens_per_second": statistics.median(tokens / seconds for tokens, seconds in found[2:]),
+        }
+        for name, found in results.items()
     }
 
 
@@ -154,10 +158,8 @@ def main() -> None:
     )
     print(f"{args.prompts} prompts × {args.group_size} completions, at most {args.max_tokens} tokens; ", end="")
     print(f"medians of {args.repeats}\n")
-    rows = {
-        "HFSampler": measure(by_sampler(model, tokenizer, args), args.repeats, args.device),
-        "generate": measure(by_generate(model, tokenizer, args), args.repeats, args.device),
-    }
+    runs = {"HFSampler": by_sampler(model, tokenizer, args), "generate": by_generate(model, tokenizer, args)}
+    rows = measure(runs, args.repeats, args.device)
     print(f"{'':<12}{'tokens':>9}{'seconds':>9}{'tokens/s':>11}")
     for name, row in rows.items():
         print(f"{name:<12}{row['tokens']:>9.0f}{row['seconds']:>9.3f}{row['tokens_per_second']:>11,.0f}")
