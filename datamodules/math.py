@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_rl.data import Record
@@ -57,8 +57,8 @@ class MATHDataModule(TextDataModule):
         if not set(levels) <= {1, 2, 3, 4, 5}:
             raise ValueError(f"levels of MATH go from 1 to 5, got {list(levels)}.")
         read = demonstration if demonstrations else formats.math
-        filters = [Levels(levels)] if levels else []
-        train = Source(path, name="math", map=read, filters=filters, limit=limit)  # type: ignore[arg-type]
+        filters: list[Callable[[Record], bool]] = [Levels(levels)] if levels else []
+        train = Source(path, name="math", map=read, filters=filters, limit=limit)
         sampling: dict[str, Any] = {"samples": samples, "temperature": temperature}
         official = EvalSource(test_path, name="math500", map=formats.math, **sampling)
         train, validation = hold_out(train, official, held_out, val_limit)

@@ -145,13 +145,13 @@ class Source:
     def _prepared(self, row: Row) -> Record | str | None:
         """The record of a row, a complaint, or None if it is filtered out."""
         try:
-            record: Record | None = rename(row, self.columns)
+            record = rename(row, self.columns)
         except KeyError as error:
             return f"has no column {error.args[0]!r}, only {sorted(row)}"
-        if self.map is not None:
-            record = self.map(record)
-        if record is None or not all(keep(record) for keep in self.filters):
+        mapped = record if self.map is None else self.map(record)
+        if mapped is None or not all(keep(mapped) for keep in self.filters):
             return None
+        record = mapped
         if self.template is not None:
             try:
                 record["prompt"] = fill(self.template, record)
