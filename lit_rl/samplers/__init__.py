@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollout samplers: they turn prompts into completions with log-probabilities."""
 
+from lit_rl.samplers.asynchronous import AsyncSampler
 from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler, Sampling
 from lit_rl.samplers.dataset import DatasetSampler
 from lit_rl.samplers.environment import EnvironmentSampler
@@ -8,6 +9,7 @@ from lit_rl.samplers.hf import HFSampler
 from lit_rl.samplers.partial import PartialSampler
 
 __all__ = [
+    "AsyncSampler",
     "DatasetSampler",
     "EnvironmentSampler",
     "HFSampler",

@@ -239,9 +239,8 @@ class EnvironmentSampler(SamplerWrapper):
         values = torch.tensor([state.rewards.get(i, math.nan) for i in range(len(rollouts))])
         failed = rollouts.row["stop_reason"] == StopReason.ERROR
         values = torch.where(failed, math.nan, values)
-        if self.environment.gives_rewards or bool(failed.any()):
-            silent = torch.where(failed, 1.0, 0.0)  # NaN with weight 1 makes a failed row not scorable
-            weights = torch.where(torch.isnan(values), silent, self.reward_weight)
+        if self.environment.gives_rewards:
+            weights = torch.where(torch.isnan(values), 0.0, self.reward_weight)
             rollouts.reward_terms["environment"], rollouts.reward_weights["environment"] = values, weights
         if self.verifier:
             rollouts.correct = values.clone()

@@ -19,7 +19,15 @@ from lit_rl.objectives import OffPolicyCorrection
 from lit_rl.rollouts import Rollouts
 from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler
 from lit_rl.samplers.hf import HFSampler
-from lit_rl.samplers.wrapping import SamplerWrapper, forget_tokens, is_open, replace_rows, unstarted
+from lit_rl.samplers.wrapping import (
+    SamplerWrapper,
+    StalenessMeter,
+    forget_tokens,
+    is_open,
+    replace_rows,
+    staleness,
+    unstarted,
+)
 from lit_rl.storage import pack_rollouts, unpack_rollouts
 
 
@@ -119,7 +127,7 @@ class PartialSampler(SamplerWrapper):
         self.buffer = left.trim() if waiting is None else Rollouts.cat([left, waiting]).trim()
         delivered = pool.select_groups(chosen).trim()
         del delivered.row["budget"]
-        self._numbers.delivered(delivered, self.policy_version)
+        self._numbers.age.add(delivered, self.policy_version)
         self._numbers.waiting(self.buffer)
         return self._corrected(delivered)
 
@@ -212,35 +220,20 @@ class _Numbers:
     """What happened in a step, over all its rounds."""
 
     def __init__(self) -> None:
-        self.tokens = self.stale = self.age = self.oldest = self.restarted = self.prefilled = 0
-        self.groups = self.unfinished = 0
-
-    def delivered(self, rollouts: Rollouts, version: int) -> None:
-        age = staleness(rollouts, version)
-        self.tokens += int(rollouts.completion_mask.sum())
-        self.stale += int((age > 0).sum())
-        self.age += int(age.sum())
-        self.oldest = max(self.oldest, int(age.max()) if age.numel() else 0)
+        self.age = StalenessMeter()
+        self.restarted = self.prefilled = self.groups = self.unfinished = 0
 
     def waiting(self, buffer: Rollouts) -> None:
         self.groups = len(buffer.prompts)
         self.unfinished = int((is_open(buffer) & (buffer.lengths > 0)).sum())
 
     def summary(self) -> dict[str, float]:
-        return {
-            "off_policy_ratio": self.stale / max(self.tokens, 1),
-            "staleness_mean": self.age / max(self.tokens, 1),
-            "staleness_max": float(self.oldest),
+        return self.age.summary() | {
             "waiting_groups": float(self.groups),
             "partial_completions": float(self.unfinished),
             "restarted_completions": float(self.restarted),
             "prefilled_tokens": float(self.prefilled),
         }
-
-
-def staleness(rollouts: Rollouts, version: int) -> Tensor:
-    """``[N, T]`` int: by how many versions each generated token is older than ``version``; 0 elsewhere."""
-    return torch.where(rollouts.completion_mask, version - rollouts.token["policy_version"], 0)
 
 
 def _open_members(rollouts: Rollouts) -> Tensor:

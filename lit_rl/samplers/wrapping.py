@@ -123,6 +123,49 @@ def unstarted(request: RolloutRequest) -> Rollouts:
     return rows
 
 
+def prompts_in_parts(request: RolloutRequest, size: int) -> Iterator[RolloutRequest]:
+    """The request in parts of at most ``size`` prompts."""
+    for first in range(0, len(request.prompts), size):
+        rows = ((request.group >= first) & (request.group < first + size)).nonzero()[:, 0]
+        yield replace(
+            request,
+            prompts=request.prompts.select(range(first, min(first + size, len(request.prompts)))),
+            group=request.group[rows] - first,
+            sample=request.sample[rows],
+            budgets=None if request.budgets is None else request.budgets[rows],
+            prefix=None if request.prefix is None else request.prefix.select(rows),
+        )
+
+
+def staleness(rollouts: Rollouts, version: int) -> Tensor:
+    """``[N, T]`` int: by how many versions each generated token is older than ``version``; 0 elsewhere."""
+    return torch.where(rollouts.completion_mask, version - rollouts.token["policy_version"], 0)
+
+
+class StalenessMeter:
+    """How old the tokens of a step are, in policy versions, over all its rounds."""
+
+    def __init__(self) -> None:
+        self.tokens = self.stale = self.age = self.oldest = 0
+
+    def add(self, rollouts: Rollouts, version: int) -> None:
+        """Count the tokens of a batch that ``version`` is to train."""
+        age = staleness(rollouts, version)
+        self.tokens += int(rollouts.completion_mask.sum())
+        self.stale += int((age > 0).sum())
+        self.age += int(age.sum())
+        self.oldest = max(self.oldest, int(age.max()) if age.numel() else 0)
+
+    def summary(self) -> dict[str, float]:
+        """Share of tokens of earlier versions, mean and largest age."""
+        tokens = max(self.tokens, 1)
+        return {
+            "off_policy_ratio": self.stale / tokens,
+            "staleness_mean": self.age / tokens,
+            "staleness_max": float(self.oldest),
+        }
+
+
 def is_open(rollouts: Rollouts) -> Tensor:
     """``[N]`` bool: rows that have not ended."""
     return rollouts.row["stop_reason"] == StopReason.ABORTED

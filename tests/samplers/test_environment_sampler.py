@@ -147,6 +147,15 @@ def test_rows_that_are_done_wait_for_the_others(tokenizer):
     assert rollouts.row["sample"].tolist() == [0, 1, 2]
 
 
+def test_an_episode_that_is_done_is_not_asked_again(tokenizer):
+    asked = []
+    answer = lambda text: asked.append(text) or Turn("ok.", done=text == "done")  # noqa: E731
+    turns = {0: ["done"], 1: ["more", "done"]}
+    rollouts = play(Scripted(answer, answer, answer), turns.get, tokenizer, rows=2, workers=1)
+    assert asked == ["done", "more", "done"]
+    assert rollouts.finished.all()
+
+
 def test_an_opening_follows_the_prompt(tokenizer):
     rollouts = play(Scripted(Turn(done=True), opening="hello."), ["hi"], tokenizer)
     assert rollouts.completion_mask[0].tolist() == [False] * 6 + [True] * 3
@@ -180,6 +189,8 @@ def test_the_budget_of_a_turn(tokenizer):
     assert [r.budgets.tolist() for r in rollouts.writer.requests] == [[5], [12]]
     assert rollouts.row["stop_reason"].tolist() == [StopReason.LENGTH]
     assert text_of(rollouts, tokenizer, True) == ["?7+2=longe"]
+    rollouts = play(CALCULATOR, ["?7+2=", "longer than five"], tokenizer, turn_tokens=5, max_tokens=9)
+    assert [r.budgets.tolist() for r in rollouts.writer.requests] == [[5], [9]], "nor more than is left of the whole"
 
 
 def test_the_number_of_turns_is_bounded(tokenizer):
@@ -227,6 +238,14 @@ def test_an_episode_that_a_budget_ends_may_have_a_reward_for_it(tokenizer):
     assert play(environment, ["long"], tokenizer, turn_tokens=2).rewards.tolist() == [-1.0]
 
 
+def test_what_was_earned_before_a_failure_does_not_count(tokenizer):
+    environment = Scripted(Turn("a", reward=3.0), RuntimeError("broken"), gives_rewards=True)
+    with pytest.warns(RuntimeWarning, match="broken"):
+        rollouts = play(environment, ["x", "y"], tokenizer, verifier=True)
+    assert rollouts.rewards.isnan().all()
+    assert rollouts.correct.isnan().all()
+
+
 FAILURES = {
     "raises": (RuntimeError("broken"), "error"),
     "returns no turn": (lambda text: "text", "error"),
@@ -257,6 +276,13 @@ def test_a_failing_environment_loses_its_row_and_no_other(tokenizer, name):
     numbers = rollouts.sampler.metrics(rollouts)
     assert numbers[f"environment_{kind}"] == 1
     assert rollouts.sampler.metrics(rollouts)[f"environment_{kind}"] == 0
+
+
+def test_an_episode_that_hangs_is_left_to_its_thread(tokenizer):
+    environment = Scripted(lambda text: time.sleep(30))
+    with pytest.warns(RuntimeWarning, match="took longer than 0.2 s"):
+        play(environment, ["x"], tokenizer, timeout=0.2)
+    assert environment.closed == 0
 
 
 def test_a_failure_at_the_start_and_without_rewards_of_its_own(tokenizer):

@@ -15,7 +15,7 @@ from lit_rl.methods.terms import Current, PolicyTerm, Signals
 from lit_rl.objectives import Clip
 from lit_rl.rollouts import Rollouts, StopReason
 from lit_rl.samplers import HFSampler, PartialSampler, RolloutRequest, RolloutSampler, Sampling
-from lit_rl.samplers.partial import staleness
+from lit_rl.samplers.wrapping import staleness
 from lit_rl.testing import assert_same_weights, check_resume, final_state, make_module, make_policy, train
 
 LENGTHS = (2, 3, 9, 10, 4, 12, 5, 1)
