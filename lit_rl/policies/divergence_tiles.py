@@ -120,6 +120,8 @@ class Known(NamedTuple):
 
     def scale_for(self, grad: Tensor) -> Tensor | None:
         """The factor between the incoming gradient ``[M]`` and the announced weights; None if it is not one number."""
+        if not len(grad):
+            return None
         square = self.weights.square().sum()
         scale = (grad * self.weights).sum() / square
         expected = scale * self.weights

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,6 +181,9 @@ class Teacher(FrozenPolicy):
 
     def to(self, device: torch.device | str) -> None:
         self.policy.to("cpu" if self.offload else device)
+
+    def convert(self, convert: Callable[[nn.Module], nn.Module]) -> None:
+        self.policy.convert(convert)
 
     @contextmanager
     def model(self, live: nn.Module) -> Iterator[nn.Module]:

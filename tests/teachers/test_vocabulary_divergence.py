@@ -335,9 +335,10 @@ def random_double(head: Head) -> Head:
 def test_no_tokens_at_all(divergence):
     student, teacher = pair()
     empty = View(student.hidden[:0], student.head)
-    value = vocabulary_divergence(empty, View(teacher.hidden[:0], teacher.head), divergence)
-    assert value.shape == (0,)
-    value.sum().backward()
+    for weights in (None, torch.zeros(0)):
+        value = vocabulary_divergence(empty, View(teacher.hidden[:0], teacher.head), divergence, weights=weights)
+        assert value.shape == (0,)
+        value.sum().backward()
     assert compare(empty, View(teacher.hidden[:0], teacher.head)).reverse.shape == (0,)
 
 
