@@ -25,8 +25,10 @@ from lit_rl.testing import (
     ToyData,
     check_resume,
     check_split_invariance,
+    final_state,
     make_module,
     make_policy,
+    run_on_ranks,
     toy_reward,
     train,
 )
@@ -298,3 +300,45 @@ def test_replayed_rows_stay_out_of_corrections_and_penalties(tmp_path: Path, upd
         known = {k: v for k, v in numbers.items() if k.startswith(("loss/", "policy/"))}
         assert {"loss/policy", "loss/kl", "loss/entropy", "loss/sft"} <= set(known)
         assert all(v == v and abs(v) < 1e6 for v in known.values()), known
+
+
+# Two ranks ----------------------------------------------------------------------------------------------------------
+
+
+class Apart(PromptDataModule):
+    """Of four prompts the first two are sampled for and the others replayed: a rank has one kind only."""
+
+    def build(self, stage: str) -> None:
+        rows = [{"prompt": f"{i}+1=", "completion": None if i % 4 < 2 else f"{i}{i}"} for i in range(8)]
+        self.train_stream = ListStream(rows, shuffle=False)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def run_apart(folder: Path, policy: Path, world: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    record = Record()
+    module = mixed_module(policy, rewards=[toy_reward()], prompts_per_step=4, max_rollouts=3, optimizer=sgd)
+    parallel: dict[str, Any] = {"strategy": "ddp", "devices": world} if world > 1 else {}
+    train(folder, module, [record], data=Apart(), precision="64-true", **parallel)
+    return final_state(module), record.numbers
+
+
+def save_apart(rank: int, folder: Path, policy: Path) -> None:
+    weights, numbers = run_apart(folder / "two", policy, 2)
+    torch.save((weights, numbers), folder / f"rank{rank}.pt")
+
+
+def test_a_rank_with_replayed_text_only_and_one_without_compute_what_one_rank_does(tmp_path: Path) -> None:
+    policy = make_policy(tmp_path / "policy")
+    weights, numbers = run_apart(tmp_path / "one", policy, 1)
+    run_on_ranks(save_apart, 2, tmp_path, policy)
+    for rank in range(2):
+        theirs, their_numbers = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for name, value in weights.items():
+            assert (value - theirs[name]).abs().max() < 1e-7, name
+        for mine, other in zip(numbers, their_numbers):
+            assert other.keys() == mine.keys()
+            stable = [k for k in mine if not k.startswith(("time/", "speed/", "memory/"))]
+            assert {k: other[k] for k in stable} == pytest.approx({k: mine[k] for k in stable}, abs=1e-6)
