@@ -151,6 +151,7 @@ class RolloutSampler(ABC):
     Attributes:
         in_process: shares the trainer's weights (see above).
         carries_over: holds prompts or completions from one step to the next.
+        selects: scores what it samples for a step (``RolloutRequest.score``) and returns a part of it.
         continues_prefix: can continue the completions in ``RolloutRequest.prefix``.
         provides: signals in every batch, such as ``"entropy"``, or ``"rewards"`` where an environment gives them.
         loss_correction: what the policy loss needs because of how this sampler works, if the method sets nothing.
@@ -158,6 +159,7 @@ class RolloutSampler(ABC):
 
     in_process: bool = False
     carries_over: bool = False
+    selects: bool = False
     continues_prefix: bool = True
     provides: frozenset[str] = frozenset({"logprobs.sampler"})
     loss_correction: OffPolicyCorrection | None = None
@@ -185,6 +187,21 @@ class RolloutSampler(ABC):
         """`submit`, then `collect`."""
         self.submit(request)
         return self.collect()
+
+    def next_token_logprobs(self, contexts: Sequence[Tensor], sampling: Sampling) -> Tensor:
+        """The distribution from which this sampler would draw a token after each context.
+
+        Args:
+            contexts: n one-dimensional int tensors, prompt and completion so far.
+            sampling: how tokens are drawn.
+
+        Returns:
+            ``[n, V]`` log-probabilities, processed.
+
+        Raises:
+            ValueError: this sampler cannot tell.
+        """
+        raise ValueError(f"{type(self).__name__} gives no distributions over the vocabulary: use HFSampler.")
 
     def sync(self, model: torch.nn.Module, version: int) -> None:
         """Take the policy's current weights; completions sampled from now on carry ``version``."""

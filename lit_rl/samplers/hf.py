@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from lit_rl.rollouts import Rollouts
 from lit_rl.samplers.base import RolloutRequest, RolloutSampler, Sampling
 from lit_rl.samplers.decode_loop import DecodeLoop
 from lit_rl.samplers.stopping import Stopping
+from lit_rl.samplers.support import processed_logprobs
 
 if TYPE_CHECKING:
     from lit_rl.samplers.decoder import ModelDecoder
@@ -126,6 +129,16 @@ class HFSampler(RolloutSampler):
         with decoding(self.model):
             loop.generate(self.max_rows)
         return loop.rollouts(self.policy_version)
+
+    def next_token_logprobs(self, contexts: Sequence[Tensor], sampling: Sampling) -> Tensor:
+        """``[n, V]``: the distribution after each context, on the model's device."""
+        from lit_rl.samplers.decoder import decoding
+
+        if self.decoder is None:
+            raise RuntimeError("HFSampler has no model yet: call setup(model, tokenizer) first.")
+        with decoding(self.model):
+            logits = copy(self.decoder).start(contexts, torch.arange(len(contexts), device=self.decoder.device), 1)
+            return processed_logprobs(logits, sampling)
 
     def _stopping_for(self, sampling: Sampling) -> Stopping:
         assert self.decoder is not None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.rollouts import Rollouts, StopReason
-from lit_rl.samplers.base import RolloutRequest, RolloutSampler
+from lit_rl.samplers.base import RolloutRequest, RolloutSampler, Sampling
 
 
 class SamplerWrapper(RolloutSampler):
@@ -23,14 +23,14 @@ class SamplerWrapper(RolloutSampler):
         inner: the sampler that does the work.
 
     Raises:
-        ValueError: ``inner`` carries work over from step to step, which this class does not expect of it.
+        ValueError: ``inner`` carries work over from step to step or selects, which only the outermost sampler can.
     """
 
     def __init__(self, inner: RolloutSampler) -> None:
-        if inner.carries_over:
+        if inner.carries_over or inner.selects:
             raise ValueError(
-                f"{type(self).__name__} cannot wrap {type(inner).__name__}, which returns other prompts than it was "
-                "asked for: make the wrapper that carries work over the outermost one."
+                f"{type(self).__name__} cannot wrap {type(inner).__name__}, which decides for a whole step what to "
+                f"return: make {type(inner).__name__} the outermost sampler."
             )
         self.inner = inner
         self.in_process = inner.in_process
@@ -59,6 +59,9 @@ class SamplerWrapper(RolloutSampler):
     def sync(self, model: torch.nn.Module, version: int) -> None:
         super().sync(model, version)
         self.inner.sync(model, version)
+
+    def next_token_logprobs(self, contexts: Sequence[Tensor], sampling: Sampling) -> Tensor:
+        return self.inner.next_token_logprobs(contexts, sampling)
 
     def check_setup(self, module: Any) -> None:
         self.inner.check_setup(module)
