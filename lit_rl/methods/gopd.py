@@ -55,7 +55,7 @@ class GOPD(OPD):
             (`FrozenCopy`, or `AdapterOff` with LoRA), or the teacher's base model (`Checkpoint`).
         surrogate: policy loss; default PPO's clip at 0.2 with the dual clip at 3, as in verl.
         correction: off-policy correction; default truncated importance weights of at most 5 a token.
-        kwargs: arguments of `OPD`.
+        kwargs: arguments of `OPD` that are left: ``aggregation``, ``group_size`` and those of `RLModule`.
     """
 
     def __init__(
@@ -68,9 +68,6 @@ class GOPD(OPD):
         correction: OffPolicyCorrection | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("loss", "divergence", "on_policy_fraction", "advantage"):
-            if name in kwargs:
-                raise ValueError(f"GOPD is a policy gradient on the teacher's advantage alone: {name} does not apply.")
         if not 0 <= reward_scale < math.inf:
             raise ValueError(f"reward_scale must be a number of at least 0, got {reward_scale}.")
         if reward_scale != 1 and reference is None:
@@ -78,10 +75,19 @@ class GOPD(OPD):
                 f"reward_scale={reward_scale} measures the teacher against a reference: set `reference` "
                 "(lit_rl.policies.FrozenCopy, for example), or reward_scale=1."
             )
-        super().__init__(
+        super().__init__(  # what is given here is no argument of G-OPD
             policy,
             teacher=teacher,
             loss="policy_gradient",
+            divergence=None,
+            temperature=None,
+            distill_coef=1.0,
+            on_policy_fraction=1.0,
+            sequence_kd=False,
+            column="completion",
+            kl_coef=1.0,
+            discount=0.0,
+            advantage=None,
             surrogate=surrogate or Clip(0.2, 0.2, dual_clip=3.0),
             correction=correction or OffPolicyCorrection(weight="token", weight_high=5.0),
             reference=reference,
@@ -99,7 +105,7 @@ class GOPD(OPD):
         kept, logprobs = rollouts.kept_mask(), rollouts.logprobs
         reference = logprobs.get("reference")
         found = extrapolated_advantages(logprobs["old"], logprobs["teacher"], reference, self.reward_scale)
-        found = torch.where(kept & ~torch.isnan(found), self.kl_coef * found, 0.0)
+        found = torch.where(kept & ~torch.isnan(found), found, 0.0)
         gap = torch.where(kept, logprobs["old"] - logprobs["teacher"], math.nan)
         self.ledger.mean("distill/reverse_kl", gap)
         if reference is not None:
@@ -111,5 +117,5 @@ class GOPD(OPD):
 
     def describe(self) -> list[str]:
         lines = [line for line in super().describe() if not line.startswith("advantage")]
-        scale = f"{self.reward_scale:g} log teacher + {1 - self.reward_scale:g} log reference"
+        scale = f"{self.reward_scale:g} log teacher {1 - self.reward_scale:+g} log reference"
         return [f"advantage: {'log teacher' if self.reward_scale == 1 else scale} - log policy", *lines]

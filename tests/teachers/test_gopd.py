@@ -144,8 +144,6 @@ def test_scale_one_is_on_policy_distillation_to_the_last_bit(tmp_path: Path):
     [
         ({"reward_scale": 1.25}, "reference"),
         ({"reward_scale": -1.0, "reference": FrozenCopy()}, "reward_scale"),
-        ({"loss": "gkd", "reward_scale": 1.0}, "loss does not apply"),
-        ({"advantage": AdvantageNormalizer(), "reward_scale": 1.0}, "advantage does not apply"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, options: dict, match: str):
@@ -153,6 +151,12 @@ def test_impossible_settings_are_refused(tmp_path: Path, options: dict, match: s
         make_module(tmp_path / "policy", GOPD, teacher=Live(), **options)
 
 
+@pytest.mark.parametrize("foreign", [{"loss": "gkd"}, {"advantage": AdvantageNormalizer()}, {"discount": 0.5}])
+def test_what_would_change_the_advantage_is_no_argument(tmp_path: Path, foreign: dict):
+    with pytest.raises(TypeError, match="multiple values"):
+        make_module(tmp_path / "policy", GOPD, teacher=Live(), reward_scale=1.0, **foreign)
+
+
 def test_the_header_names_the_two_models(tmp_path: Path):
     module = make_module(tmp_path / "policy", GOPD, teacher=Live(), reference=FrozenCopy())
-    assert "advantage: 1.25 log teacher + -0.25 log reference - log policy" in module.describe()
+    assert "advantage: 1.25 log teacher -0.25 log reference - log policy" in module.describe()
