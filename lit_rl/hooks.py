@@ -87,6 +87,15 @@ class RolloutCallback(Callback):
         is saved or rewound in ``on_train_batch_end`` then includes it, whatever the order of the callbacks.
         """
 
+    def on_evaluation_batch(self, trainer: Trainer, module: RLModule, rollouts: Rollouts) -> None:
+        """With each batch of an evaluation set, sampled and scored: add it to metrics of your own."""
+
+    def on_evaluation_metrics(self, trainer: Trainer, module: RLModule, metrics: dict[str, float], prefix: str) -> None:
+        """At the end of an evaluation, before it is logged: add numbers that are the same on every rank.
+
+        ``prefix`` (``val`` or ``test``) begins every name.
+        """
+
     def on_rewind(self, trainer: Trainer, module: RLModule, step: int) -> None:
         """After a run went back to rollout step ``step``: forget what belongs to the abandoned future.
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rl.distributed import union_of_names
+from lit_rl.hooks import callbacks_with
 from lit_rl.methods.reporting import PROGRESS_BAR, Ledger
 from lit_rl.metrics.generation import GenerationMetrics
 from lit_rl.predictions import prediction_rows
@@ -74,6 +75,8 @@ class Evaluation:
             rows = [i for i, s in enumerate(source_of_row) if s == source]
             part = rollouts.select(torch.tensor(rows, device=rollouts.device))
             self.metric(index, source).update(part, _at(answers, rows))
+        for callback in callbacks_with(self.trainer, "on_evaluation_batch"):
+            callback.on_evaluation_batch(self.trainer, self, rollouts)
 
     def metric(self: RLModule, index: int, source: str = "") -> GenerationMetrics:
         """The metrics of an evaluation set, or of one source in it."""
@@ -103,6 +106,8 @@ class Evaluation:
     def report_evaluation(self: RLModule, prefix: str) -> None:
         """Log what was measured, the same numbers on every rank."""
         numbers = self.evaluation_numbers(prefix)
+        for callback in callbacks_with(self.trainer, "on_evaluation_metrics"):
+            callback.on_evaluation_metrics(self.trainer, self, numbers, prefix)
         if self.agree_to_stop():  # completions were cut short: no number is better than a wrong one
             unknown = {k: math.nan for k in numbers if k not in self.trainer.callback_metrics}
             self.log_dict(unknown, logger=False)  # or callbacks that monitor them would complain

@@ -63,9 +63,13 @@ class Taught(RLModule):
 
     def check_columns(self, stage: str) -> None:
         super().check_columns(stage)
-        for teacher in self.teachers if stage == "fit" else ():
+        if stage != "fit":
+            return
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        added = {name for callback in callbacks for name in getattr(callback, "adds_columns", ())}
+        for teacher in self.teachers:
             if teacher.prompt is not None and teacher.sources is None:
-                teacher.prompt.check_columns(self.data.train_stream.columns())
+                teacher.prompt.check_columns(self.data.train_stream.columns() | added)
 
     def configure_model(self) -> None:
         known = self.model is not None
