@@ -6,16 +6,20 @@ from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler, Sampl
 from lit_rl.samplers.dataset import DatasetSampler
 from lit_rl.samplers.environment import EnvironmentSampler
 from lit_rl.samplers.hf import HFSampler
+from lit_rl.samplers.low_precision import LowPrecisionSampler
 from lit_rl.samplers.partial import PartialSampler
+from lit_rl.samplers.two_stage import TwoStageSampler
 
 __all__ = [
     "AsyncSampler",
     "DatasetSampler",
     "EnvironmentSampler",
     "HFSampler",
+    "LowPrecisionSampler",
     "PartialSampler",
     "Progress",
     "RolloutRequest",
     "RolloutSampler",
     "Sampling",
+    "TwoStageSampler",
 ]

@@ -192,6 +192,7 @@ def test_a_checkpoint_holds_the_finished_batches(closing, tmp_path):
     again.cursor, again.version = 8, 2
     other.sync(MODEL, 2)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.prompts_to_draw(1) == 1, "a small round does not shrink what is sampled ahead"
     for rollouts in expected:
         assert rollouts.diff(again.step(2, MODEL)) == {}
 
@@ -223,6 +224,20 @@ def test_a_rewind_forgets_what_is_ahead(closing):
     sampler.on_rewind(MODEL)
     run.cursor = 2
     assert [run.step(2, MODEL).prompts.draw.tolist() for _ in range(2)] == [[2, 3], [4, 5]]
+
+
+def test_after_a_rewind_the_worker_does_not_finish_what_nobody_wants(closing):
+    inner = Gated()
+    sampler, run = scripted(inner, staleness=3)
+    closing(sampler)
+    inner.gate.release()
+    run.step(1, MODEL)
+    for _ in range(2):
+        assert inner.begun.acquire(timeout=30)  # it is inside the second of four batches
+    sampler.on_rewind(MODEL)
+    inner.gate.release(20)
+    run.step(1, MODEL)
+    assert [int(r.prompts.draw) for r in inner.requests[:3]] == [0, 1, 4]
 
 
 def test_a_deterministic_run_resumes_bit_for_bit(tmp_path):
