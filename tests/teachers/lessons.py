@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from lit_rl.data import GeneratedStream, PromptDataModule
 from lit_rl.hooks import RolloutCallback
 from lit_rl.methods import RLModule
+from lit_rl.methods.reporting import Ledger
 from lit_rl.policies import Checkpoint, FrozenPolicy, PrivilegedPrompt, Teacher, build_small_model, export
-from lit_rl.rollouts import Rollouts
+from lit_rl.rollouts import Prompts, Rollouts
+from lit_rl.samplers import Sampling
 from lit_rl.testing import make_module, make_policy, train
 from lit_rl.testing.toys import toy_record
 from lit_rl.tokenizers import build_character_tokenizer
@@ -129,3 +132,31 @@ class Metrics(RolloutCallback):
 
     def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
         self.steps.append(dict(metrics))
+
+
+def scored(correct: list[list[float]], length: int = 4, draws: list[int] | None = None) -> Rollouts:
+    """A batch of rows with the given verdicts, one list a prompt; every row has ``length`` tokens."""
+    count = len(correct)
+    prompts = Prompts(
+        ids=[torch.tensor([3, 4]) for _ in range(count)],
+        text=["1+2="] * count,
+        uid=torch.arange(count) + 100,
+        draw=torch.tensor(draws) if draws is not None else torch.arange(count),
+        source=["toy"] * count,
+    )
+    group = torch.tensor([g for g, rows in enumerate(correct) for _ in rows], dtype=torch.long)
+    batch = Rollouts.build(prompts, group, [torch.arange(3, 3 + length) for _ in range(len(group))])
+    batch.correct = torch.tensor([c for rows in correct for c in rows])
+    return batch
+
+
+class Method(SimpleNamespace):
+    """What callbacks see of a method."""
+
+    def __init__(self, **options: Any) -> None:
+        defaults = {"ledger": Ledger(), "seed": 0, "group_size": 4, "sampling": Sampling(max_tokens=40)}
+        super().__init__(**(defaults | options))
+
+    def logged(self) -> dict[str, float]:
+        """Everything that was recorded so far."""
+        return self.ledger.reduce(torch.device("cpu"))
