@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,9 @@ class StateRing:
         self._folder = module.run_dir / name
         savers = [c for c in module.trainer.callbacks if isinstance(c, RolloutCheckpoint)]  # type: ignore[attr-defined]
         self._checkpoints = [saver.directory(module) for saver in savers]
+        if self._reference_file().exists():
+            stored = json.loads(self._reference_file().read_text())
+            self._references = {int(clock): set(files) for clock, files in stored.items()}
         self._references[module.clock] = set(self.files.values())  # of the checkpoint that was resumed
         missing = [step for step, file in self.files.items() if not self._path(file).exists()]
         if missing:
@@ -59,6 +63,9 @@ class StateRing:
                 "They stay there for as long as RolloutCheckpoint keeps the checkpoint that refers to them."
             )
             self.files = {step: file for step, file in self.files.items() if step not in missing}
+
+    def _reference_file(self) -> Path:
+        return self._path(f"references-rank{ranks.rank()}.json")
 
     def _path(self, file: str) -> Path:
         if self._folder is None:
@@ -104,6 +111,8 @@ class StateRing:
         """A checkpoint that refers to the present states is being written."""
         self._references[module.clock] = set(self.files.values())
         self._prune()
+        stored = json.dumps({clock: sorted(files) for clock, files in self._references.items()})
+        write_atomically(self._reference_file(), lambda f: f.write(stored.encode()))
 
     def _prune(self) -> None:
         """Delete files of this rank that neither the ring nor a kept checkpoint refers to."""
@@ -119,18 +128,13 @@ class StateRing:
                 path.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which files belong to the ring, and which ones earlier checkpoints refer to."""
-        references = {clock: sorted(files) for clock, files in self._references.items()}
-        return {"files": dict(self.files), "references": references}
+        """Which files belong to the ring."""
+        return {"files": dict(self.files)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refer to the files of a resumed run again, each rank to its own (checkpoints hold the state of rank 0)."""
-
-        def own(file: str) -> str:
-            return file.rsplit("-rank", 1)[0] + f"-rank{ranks.rank()}.pt"
-
-        self.files = {step: own(file) for step, file in state["files"].items()}
-        self._references = {clock: {own(file) for file in files} for clock, files in state["references"].items()}
+        own = f"-rank{ranks.rank()}.pt"
+        self.files = {step: file.rsplit("-rank", 1)[0] + own for step, file in state["files"].items()}
 
 
 def rewind(module: RLModule, ring: StateRing, step: int) -> None:

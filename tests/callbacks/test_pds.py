@@ -126,8 +126,8 @@ def test_leaving_groups_out_gives_the_loss_of_padding_them_with_zero_weights(tmp
     other, others = loss_and_gradients(module, padded, 10**6)
     assert loss == pytest.approx(other, abs=1e-12)
     assert max(float((gradients[n] - others[n]).abs().max()) for n in gradients) < 1e-12
-    counted, _ = loss_and_gradients(module, whole, 10**6)
-    assert counted != pytest.approx(other, abs=1e-6)  # groups without signal do change the mean when they are kept
+    _, counted = loss_and_gradients(module, whole, 10**6)  # groups without signal count in the mean when they are kept
+    assert max(float((gradients[n] - counted[n]).abs().max()) for n in gradients) > 1e-6
 
 
 def test_switched_off_it_leaves_the_run_untouched(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_a_run_resumes_exactly_in_the_middle_of_its_history(tmp_path: Path) -> N
         return callbacks[-1:]
 
     check_resume(tmp_path, build, at=2)
-    assert len(callbacks[-1].rates) == 3
-    assert len(set(callbacks[-1].rates)) > 1
+    assert len(callbacks[0].rates) == 3  # of the run that was not stopped
+    assert len(set(callbacks[0].rates)) > 1
 
 
 def test_dynamic_sampling_refills_the_batch_and_resumes_exactly(tmp_path: Path) -> None:
