@@ -19,9 +19,10 @@ from lit_rl.testing import make_module, toy_reward
 from lit_rl.testing.toys import starts_with_digit
 
 
-def starts_with_answer(batch: RewardInput) -> list[float]:
-    """1 if the completion starts with the answer: a random policy is right about once in thirteen times."""
-    return [float(text[:1] == a) for text, a in zip(batch.completions, batch.columns["answer"])]
+def starts_alike(batch: RewardInput) -> list[float]:
+    """1 if the completion starts with a character as even or odd as the answer: a coin toss for a random policy."""
+    pairs = zip(batch.completions, batch.columns["answer"])
+    return [float(len(text) > 0 and ord(text[0]) % 2 == int(answer) % 2) for text, answer in pairs]
 
 
 def nothing_is_right(batch: RewardInput) -> list[float]:
@@ -33,8 +34,8 @@ def warmup(optimizer: torch.optim.Optimizer) -> WarmupLinear:
 
 
 def guided_module(policy: Path, **options: Any) -> Any:
-    """Learns single digits, with groups that fail now and then."""
-    answer = FunctionReward(starts_with_answer, name="answer", verifier=True, columns=["answer"])
+    """Learns to answer with an even or an odd character, with groups that fail now and then."""
+    answer = FunctionReward(starts_alike, name="answer", verifier=True, columns=["answer"])
     return make_module(policy, **({"rewards": [answer], "max_rollouts": 5} | options))
 
 

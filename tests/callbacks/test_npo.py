@@ -207,7 +207,7 @@ def test_a_guide_takes_the_last_slot_of_groups_that_fail(tmp_path: Path, is_mode
             assert rollouts.row["sample"][row] == rollouts.row["sample"][group].max()
             assert rollouts.correct[row] == rollouts.rewards[row] == 1
             others = group & (rollouts.origin == Origin.POLICY)
-            assert rollouts.correct[others].mean() <= 0.6
+            assert rollouts.correct[others].sum() <= 0.6 * group.sum()
 
 
 def test_the_first_replayed_step_differs_from_the_original_in_the_guides_only(tmp_path: Path) -> None:
