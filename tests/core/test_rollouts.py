@@ -67,6 +67,18 @@ def test_cat_keeps_groups_and_units_apart_and_pads():
     assert both.row["extra"][2] == 5
 
 
+def test_cat_does_not_invent_log_probabilities_and_what_it_does_not_know_does_not_train():
+    first, second = make_rollouts([2], [0]), make_rollouts([1], [0])
+    first.logprobs["old"] = torch.tensor([[-1.0, -2.0]])
+    first.advantages = torch.ones(1, 2)
+    del second.token["loss_weights"]
+    both = Rollouts.cat([first, second])
+    assert both.logprobs["old"][0].tolist() == [-1.0, -2.0]
+    assert both.logprobs["old"][1].isnan().all()  # 0 would be a probability of 1
+    assert both.advantages.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert both.loss_weights[1].tolist() == [0.0, 0.0]
+
+
 def test_cat_of_selections_is_the_batch_again():
     rollouts = make_rollouts([3, 1, 2, 5], [0, 1, 0, 1])
     parts = [rollouts.select_groups(torch.tensor([True, False])), rollouts.select_groups(torch.tensor([False, True]))]
@@ -99,6 +111,8 @@ def test_rewards_are_derived_and_not_scorable_stays_not_scorable():
     assert math.isnan(values[1])  # a failed reward that applies
     assert values[2] == 0.5  # a reward that does not apply is left out
     assert math.isnan(values[3])  # nothing applies: there is no reward
+    rollouts.reward_terms["bonus"] = torch.tensor([0.25, 0.25, 0.25, 0.25])  # without weights it counts once
+    assert rollouts.rewards.tolist()[::2] == [2.75, 0.75]
 
 
 def test_group_mean_leaves_nan_out():

@@ -16,6 +16,7 @@ from lit_rl.data import GeneratedStream
 from lit_rl.hooks import RolloutCallback
 from lit_rl.methods import RLModule
 from lit_rl.methods.terms import LossTerm
+from lit_rl.objectives import KLCov
 from lit_rl.policies import FrozenCopy
 from lit_rl.rewards import FunctionReward
 from lit_rl.rollouts import Rollouts, StopReason
@@ -414,3 +415,10 @@ def test_a_loss_term_is_a_weighted_sum_over_its_count_however_small(denominator,
     term = LossTerm("x", values, torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor(denominator), coefficient=0.5)
     assert float(term.raw()) == pytest.approx(expected)
     assert float(term.loss()) == pytest.approx(0.5 * expected)
+
+
+def test_a_row_without_advantage_is_passed_through_the_model_if_a_surrogate_has_selected_its_tokens(policy, tmp_path):
+    options = {"surrogate": KLCov(fraction=1.0, beta=1.0), "rewards": [FunctionReward(constant, name="one")]}
+    module, watch = run(tmp_path, policy, updates_per_rollout=2, **options)
+    assert module.last_rollouts.advantages.abs().max() == 0
+    assert "policy/grad_norm" in watch.metrics[0]  # the penalty of KL-Cov does not depend on the advantage
