@@ -30,7 +30,7 @@ SCRIPTS: dict[str, list[str] | None] = {
     "trl_step": ["--smoke", "--repeats", "3"],
     "generation": ["--prompts", "2", "--group-size", "2", "--max-tokens", "8", "--repeats", "1"],
     "head_memory": ["--smoke", "--repeats", "1"],
-    "divergence_memory": ["--tokens", "64", "--alone", "128", "--vocab", "4096", "--hidden", "64", "--beta", "0"],
+    "divergence_memory": ["--smoke"],
     "scaling": ["--smoke", "--repeats", "3"],
     "overhead": ["--smoke", "--repeats", "5"],
     "callback_overhead": ["--smoke"],
