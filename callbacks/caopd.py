@@ -130,9 +130,10 @@ class CalibratedOPD(RolloutCallback):
                 for g, text in enumerate(columns[name])
             ]
         prompts = replace(rollouts.prompts, columns=columns)
-        completions, lines_of, shortened = [], [], 0
+        completions: list[list[int]] = []
+        lines_of, shortened = [], 0
         for row, ids in enumerate(rollouts.completions()):
-            g, line = int(rollouts.group[row]), []
+            g, line = int(rollouts.group[row]), list[int]()
             if known[g]:
                 ids, line = self.parts(module, ids, float(rates[g]))
                 room = max(module.sampling.max_tokens - len(line), 0)
@@ -169,8 +170,8 @@ class CalibratedOPD(RolloutCallback):
         ids = [torch.tensor(x, dtype=torch.long) for x in completions]
         fresh = Rollouts.build(rollouts.prompts, rollouts.group.cpu(), ids).to(rollouts.device)
         for name in ("completion_mask", "loss_weights"):
-            for row, (x, line) in enumerate(zip(completions, lines)):
-                fresh.token[name][row, : len(x) - line] = rollouts.token[name][row, : len(x) - line]
+            for i, (x, line) in enumerate(zip(completions, lines)):
+                fresh.token[name][i, : len(x) - line] = rollouts.token[name][i, : len(x) - line]
         row = {**rollouts.row, "lengths": fresh.lengths}
         end = {"stop_reason": int(StopReason.END), "finished": True, "origin": int(Origin.TEACHER)}
         row |= {name: torch.where(changed, value, rollouts.row[name]) for name, value in end.items()}

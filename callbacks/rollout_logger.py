@@ -8,10 +8,15 @@ from typing import Any
 import torch
 
 from lit_rl import distributed as ranks
+from lit_rl.header import hyperparameters, run_header
 from lit_rl.hooks import RolloutCallback
 from lit_rl.rollouts import Origin, Rollouts, StopReason
 from lit_rl.storage import save_rollouts
 
+# Shown beside the hyperparameters of a run in TensorBoard's HPARAMS tab: the last value of each.
+FINAL_METRICS = ("val/pass@1", "val/length_mean", "reward/mean", "rollout/length_mean")
+
+# The tab CUSTOM SCALARS: what to look at first.
 LAYOUT = {
     "The run": {
         "held-out accuracy": ["Multiline", ["val/pass@1", "rollout/correct_ratio"]],
@@ -31,6 +36,9 @@ LAYOUT = {
 
 class RolloutLogger(RolloutCallback):
     """Writes completions to TensorBoard text and to one rollout file for each clock.
+
+    Also writes the run header (text ``run``), the hyperparameters with the metrics that the run arrives at, and a first
+    page of curves (custom scalars).
 
     Files are ``rollouts/clock<clock>-rank<rank>.jsonl`` (readable) with the tensors as safetensors beside them,
     replaced atomically, with the edits that callbacks made. They are what ``lit-rl replay`` reads.
@@ -59,9 +67,16 @@ class RolloutLogger(RolloutCallback):
         self.histograms, self.max_characters = histograms, max_characters
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lay out TensorBoard's first page."""
+        """Lay out TensorBoard's first page, and say what this run is."""
+        from torch.utils.tensorboard.summary import hparams
+
         for writer in self._writers(trainer):
             writer.add_custom_scalars(LAYOUT)
+            header = run_header(pl_module, trainer.world_size)
+            writer.add_text("run", f"```\n{header}\n```", pl_module.clock)
+            # Only the names of the metrics: their values are those of the curves of the same names.
+            for summary in hparams(hyperparameters(pl_module), dict.fromkeys(FINAL_METRICS, 0.0)):
+                writer.file_writer.add_summary(summary)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the batch of the step that just ended."""

@@ -68,6 +68,7 @@ def load_trained(run: str | Path, checkpoint: str = "last") -> tuple[Any, Any]:
 
     run = Path(run)
     path = resolve_checkpoint(run, checkpoint, required=True) if checkpoint in ("last", "best") else checkpoint
+    assert path is not None  # it is required
     model, tokenizer = configured_policy(run).load()
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}

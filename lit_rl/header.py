@@ -207,7 +207,7 @@ def arguments(thing: Any) -> dict[str, tuple[Any, Any]]:
     for cls in type(thing).__mro__:
         if "__init__" not in vars(cls):
             continue
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
             if name != "self" and hasattr(thing, name):
                 found.setdefault(name, (getattr(thing, name), parameter.default))
     return found

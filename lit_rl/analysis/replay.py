@@ -83,9 +83,9 @@ class Replay:
 def replay(run: Path | str, clock: int) -> Replay:
     """Replay one step of a run (in one process, also of a run of several ranks).
 
-    Exact where a run is: the same machine, thread count and versions. One case is not covered: with several passes over
-    a batch (``epochs_per_rollout`` above 1) and a callback that edits loss weights in place, the stored weights are
-    those after the last pass.
+    Exact where a run is: the same machine, thread count and versions. Extra inputs of the forward pass
+    (``model_inputs``) are not stored, and so neither is a callback's batch that it returns from ``on_loss_weights``
+    instead of editing the one it was given.
 
     Args:
         run: the run's directory.
@@ -134,14 +134,18 @@ class Replayer(Callback):
         stored = self.batch.to(pl_module.device)
         pl_module.collect = lambda: stored
         pl_module.recall = pl_module.credit = lambda rollouts: rollouts
-        if any(edit.hook == "on_loss_weights" for edit in stored.edits):  # they are in the stored weights
+        if pl_module.updates_per_step == 1:  # the stored loss weights are those after the hook; else before it
             for callback in trainer.callbacks:
                 callback.on_loss_weights = lambda *args: None
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
         """Keep the numbers of the step."""
-        if pl_module.clock == self.clock + 1:
-            self.measured = dict(pl_module.measured)
+        if module.clock == self.clock:
+            self.measured = dict(metrics)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop after the step."""
+        if self.measured:
             trainer.should_stop = True
 
 

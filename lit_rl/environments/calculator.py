@@ -92,7 +92,7 @@ def evaluate(expression: str) -> str:
 
 
 def _value(node: ast.expr) -> Fraction:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         if abs(node.value) == float("inf"):
             raise ValueError("number too large")
         return _bounded(Fraction(str(node.value)))

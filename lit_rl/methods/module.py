@@ -62,6 +62,7 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
     """
 
     model: torch.nn.Module
+    ledger: Ledger
 
     def __init__(
         self,

@@ -139,6 +139,7 @@ class Reporting:
     """
 
     numbers: dict[str, float]  # of the step that runs, not yet written
+    _written: set[str]
 
     def init_reporting(self: RLModule) -> None:
         """Nothing was measured yet."""
@@ -172,7 +173,8 @@ class Reporting:
 
     def end_reporting(self: RLModule) -> None:
         """Every callback has seen the end of the step: write what it and they measured."""
-        due = self.clock % self.trainer.log_every_n_steps == 0 or self.trainer.should_stop
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = self.clock % every == 0 or self.trainer.should_stop
         if due and self.numbers and not self.interrupted:
             self.write_numbers(self.numbers)
         self._written, self.numbers = set(self.numbers), {}

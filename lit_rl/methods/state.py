@@ -20,6 +20,7 @@ from lit_rl.hooks import HOOKS, RolloutCallback, required_signals
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule
     from lit_rl.methods.module import RLModule
+    from lit_rl.methods.recalling import Provider
     from lit_rl.methods.terms import Term
     from lit_rl.rollouts import Rollouts
 
@@ -35,6 +36,9 @@ class RunState:
     policy_version: int
     skipped_updates: int
     interrupted: bool  # the step that runs, or ran last, was cut short and will be undone
+    required: list[str]
+    providers: dict[str, Provider]
+    _mismatch_known: bool
     update_index: int  # optimizer steps before the one that runs
     validation_is_due: bool  # it was cut short by a signal
     sampled_plainly: bool  # with the module's own temperature, from the full support

@@ -179,7 +179,7 @@ class UpdateStage:
     def warn_of_mismatch(self: RLModule, numbers: dict[str, float]) -> None:
         """Say so if the first batch shows that sampler and trainer do not speak of the same distribution."""
         gap = numbers.get("policy/kl_sampler")
-        if gap is None or self._mismatch_known:
+        if gap is None or self._mismatch_known or not self.sampled_plainly:  # a narrowed support explains a gap
             return
         self._mismatch_known = True
         if not gap < LARGE_MISMATCH:

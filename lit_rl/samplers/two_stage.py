@@ -246,12 +246,11 @@ class TwoStageSampler(SamplerWrapper):
         out = accept_prefixes(
             drafts, self.model, self.exploit, self.explore, ask.sampling, stopping, ask.seed, ask.entropy
         )
-        out.token["policy_version"] = torch.where(out.completion_mask, self.policy_version, 0)
         accepted = out.row.pop("accepted")
         rows = is_open(out)
         if bool(rows.any()):
             part = out.select(rows)
-            names = {"prompts": part.prompts, "group": part.group, "sample": part.row["sample"]}
+            names: dict[str, Any] = {"prompts": part.prompts, "group": part.group, "sample": part.row["sample"]}
             more = self.exploit.sample(replace(ask, prefix=part, budgets=part.row["budget"], **names))
             out = replace_rows(out, rows, more.to("cpu"))
         del out.row["budget"]

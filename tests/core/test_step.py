@@ -300,7 +300,7 @@ class Touch(RolloutCallback):
         ([Touch("foreign")], {}, 1),
         ([Touch("unknown")], {}, 1),
     ],
-    ids=str,
+    ids=["plain", "recompute", "temperature", "top_p", "max_tokens", "trusted", "top_k", "stale", "foreign", "unknown"],
 )
 def test_old_logprobs_are_taken_from_the_sampler_only_where_they_are_the_policys_own(
     policy, tmp_path, callbacks, options, rows

@@ -24,7 +24,7 @@ from lit_rl.samplers import (
 )
 from lit_rl.samplers.noise import gumbels, row_keys
 from lit_rl.samplers.stopping import Stopping
-from lit_rl.samplers.two_stage import sign_agreement
+from lit_rl.samplers.two_stage import _Numbers, sign_agreement
 from lit_rl.samplers.verifying import accept_prefixes
 from lit_rl.testing import check_resume, make_module, make_policy, train
 
@@ -285,6 +285,25 @@ def test_each_completion_keeps_the_budget_of_its_prompt(model, tokenizer):
     limits = torch.tensor([3, 7, 5])[out.group]
     assert (out.lengths <= limits).all()
     assert (out.lengths[out.row["stop_reason"] == StopReason.LENGTH] >= 3).all()
+
+
+def test_fresh_completions_do_not_repeat_what_was_explored(model, tokenizer):
+    sampler = connected(model, tokenizer, HFSampler(), pool_size=8, mode="fresh", oversampling=1.5)
+    out = sampler.sample(ask(wanted=2))
+    pool = RolloutRequest.for_groups(prompts(*THREE), 8, ask().sampling, ask().seed)
+    explored = set(map(tuple, sampler.exploit.sample(pool).completions()))
+    assert sum(tuple(x) in explored for x in out.completions()) < len(out) / 2
+
+
+def test_a_kept_prefix_ends_at_the_first_difference():
+    texts = ([3, 4, 5, 6], [3, 4], [3, 4, 5]), ([3, 9, 5, 6], [3, 4, 5], [3, 4])
+    kept, out = (
+        Rollouts.build(prompts([5]), torch.zeros(3, dtype=torch.long), [torch.tensor(x) for x in side])
+        for side in texts
+    )
+    numbers = _Numbers()
+    numbers.kept_tokens(kept, out)
+    assert numbers.summary(out)["kept_prefix_ratio"] == pytest.approx((1 / 4 + 1 + 2 / 3) / 3)
 
 
 def test_agreement_of_explored_and_final_rewards():
