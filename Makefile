@@ -31,7 +31,7 @@ types: env ## mypy
 	$(BIN)/mypy
 
 unit: env ## all tests but the claims
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 docs: env ## build the documentation
 	$(BIN)/mkdocs build --strict -q
