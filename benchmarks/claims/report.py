@@ -185,4 +185,7 @@ prompts and sampling. Every table is written by `make claims` from real runs; a 
 reported as such.
 """
     sections = [(DOCS / f"{name}.md").read_text() for name in order if (DOCS / f"{name}.md").exists()]
+    missing = [name for name in order if not (DOCS / f"{name}.md").exists()]
+    if missing:
+        sections.append(f"Not run to their end yet: {', '.join(missing)}.\n")
     Path("docs/claims.md").write_text("\n".join([head, *sections]))
