@@ -110,7 +110,9 @@ def test_the_newest_weights_overtake_waiting_batches_unless_deterministic(closin
     inner.gate.release(20)
     run.version = 2
     versions = [int(run.step(1, MODEL).token["policy_version"].max()) for _ in range(2)]
-    assert versions == [0, version]
+    # Whether the second batch began before or after the step's own weights came is a race, unless deterministic.
+    assert versions[0] in ((0,) if deterministic else (0, 1))
+    assert versions[1] == version
 
 
 def test_the_inbox_keeps_order_or_prefers_the_newest_weights():
