@@ -17,6 +17,7 @@ from lit_rl.callbacks import (
     RECAP,
     AutoNPO,
     DynamicOutlierTruncation,
+    EntropyMonitor,
     GRPOLambda,
     NPOSchedule,
     Objective,
@@ -83,7 +84,10 @@ def everything() -> list[Any]:
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "everything": (everything, {"max_rollouts": 5}),
     "npo, exact": (lambda: [NPOSchedule(0, 2, samples=8, is_mode="exact")], {"max_rollouts": 3}),
-    "kl_cov": (list, {"surrogate": KLCov(fraction=0.05), "updates_per_rollout": 2, "max_rollouts": 3}),
+    "kl_cov": (
+        lambda: [EntropyMonitor()],
+        {"surrogate": KLCov(fraction=0.05), "updates_per_rollout": 2, "max_rollouts": 3},
+    ),
     "clip_cov": (
         list,
         {"surrogate": ClipCov(fraction=0.1, cov_low=-9.0, cov_high=9.0), "updates_per_rollout": 2, "max_rollouts": 3},
