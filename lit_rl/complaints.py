@@ -47,7 +47,9 @@ _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Subclass types expect|a (class path|dict)\b"
     r"|Expected a path but|Expected a <class 'NoneType'>"
 )
-_UNKNOWN_OPTION = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<name>[^']+)'")
+_UNKNOWN_OPTION = re.compile(
+    r"(?:(?:Group '(?P<group>[\w.]+)'|Subcommand '\w+') does not accept option|Option) '(?P<name>[^']+)'"
+)
 _UNKNOWN_NAME = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _CHOICES = re.compile(r"Expected a (?:typing\.Literal\[(?P<literal>.*)\]|member of <enum .*>: \{(?P<enum>.*)\})")
 _TYPE = re.compile(r"Expected an? <class '(?P<type>[\w.]+)'>")
@@ -115,9 +117,9 @@ def _sentence(complaint: Complaint, options: Iterable[str]) -> str:
     if (option and owner.startswith("lightning")) or no_class:
         base = no_class["base"] if no_class else owner.rpartition(".")[2]
         return f"{prefix}class_path is missing: it names the {base} that the init_args belong to."
-    if option and option["group"]:
+    if option and (option["group"] or not owner):
         known = {o.lstrip("-") for o in options}
-        name = f"{option['group']}.{option['name']}"
+        name = ".".join(filter(None, (option["group"], option["name"])))
         if owner:
             hint = did_you_mean(option["name"], arguments_of(argument_type(owner, option["group"])))
             return f"{prefix}{option['group']} of {owner} has no key {option['name']!r}.{hint}"
@@ -180,12 +182,12 @@ class PlainMessages(ArgumentParser):
         """Exit with status 2 and a sentence; nested parsers raise, as jsonargparse expects of them."""
         if not self.exit_on_error or os.environ.get(TRACEBACK):
             super().error(message, ex)
-        parsers: dict[str, ArgumentParser] = {"": self}
+        commands: dict[str, ArgumentParser] = {}
         for action in self._actions:
-            parsers |= action.choices if isinstance(action.choices, dict) else {}  # of subcommands
-        options = [o for parser in parsers.values() for action in parser._actions for o in action.option_strings]
-        name = " ".join([self.prog, *(parsers if len(parsers) == 2 else ())]).replace(" [options]", "")
-        self.exit(2, f"{name.strip()}: {explain(message, options)}\n")
+            commands |= action.choices if isinstance(action.choices, dict) else {}
+        options = [o for p in (self, *commands.values()) for action in p._actions for o in action.option_strings]
+        name = " ".join([self.prog, *(commands if len(commands) == 1 else ())]).replace(" [options]", "")
+        self.exit(2, f"{name}: {explain(message, options)}\n")
 
 
 # Errors ----------------------------------------------------------------------------------------------------------

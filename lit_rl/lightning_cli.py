@@ -72,6 +72,10 @@ class LitRLCLI(LightningCLI):
         every = LightningCLI.subcommands()
         return every if self.wanted is None else {self.wanted: every[self.wanted]}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning warns of arguments that are handed over while the process has some, too; here that is normal."""
+        self.config = parser.parse_args(args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutProgressBar, "progress")
