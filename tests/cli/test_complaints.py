@@ -168,7 +168,7 @@ def test_a_bug_shows_its_own_trace_and_not_that_of_the_parser(tmp_path: Path):
 
 
 def raised_by(function: Callable[[], Any]) -> BaseException:
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         function()
     return caught.value
 
@@ -205,11 +205,14 @@ def test_the_trace_of_a_mistake_is_shown_on_demand(monkeypatch: pytest.MonkeyPat
 def test_the_sentence_behind_a_wrapper_of_the_parser_is_found(capsys: Any):
     from lit_rl.policies.loading import local_path
 
-    with pytest.raises(SystemExit), plain_errors("lit-rl x"):
+    def as_the_parser_raises() -> None:
         try:
             local_path("./no/where")
         except FileNotFoundError as error:
             raise ValueError("Does not validate against any of the Union subtypes") from error
+
+    with pytest.raises(SystemExit), plain_errors("lit-rl x"):
+        as_the_parser_raises()
     assert capsys.readouterr().err.startswith("lit-rl x: There is no folder ./no/where")
 
 
