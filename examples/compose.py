@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run built in code: GRPO with three interventions on the quickstart's policy and task."""
 
 import sys
@@ -17,9 +18,9 @@ def main(policy: str = "runs/quickstart/policy", folder: str = "runs/compose", s
     """Train ``policy`` (in hub format) for ``steps`` steps and log to ``folder``."""
     method = GRPO(
         policy=Policy(policy),
-        rewards=ExactMatchReward(marker="#"),
+        rewards=ExactMatchReward(marker="#", verifier=True),
         sampling=Sampling(max_tokens=128),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1.5e-4, weight_decay=0.0),
         max_rollouts=steps,
     )
     interventions = [
@@ -28,9 +29,8 @@ def main(policy: str = "runs/quickstart/policy", folder: str = "runs/compose", s
         ScalarSchedule("sampling.temperature", start=1.0, end=0.8, steps=steps),
     ]
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    trainer = Trainer(
-        logger=logger, max_epochs=-1, callbacks=[*interventions, RolloutCheckpoint()], plugins=[DurableCheckpointIO()]
-    )
+    options = {"max_epochs": -1, "log_every_n_steps": 1, "plugins": [DurableCheckpointIO()]}
+    trainer = Trainer(logger=logger, callbacks=[*interventions, RolloutCheckpoint()], **options)
     trainer.fit(method, datamodule=ArithmeticDataModule())
     return trainer
 
