@@ -27,7 +27,7 @@ from benchmarks.common import ROOT, WORK, Report, markdown_table
 SCRIPTS: dict[str, list[str] | None] = {
     "quickstart_seeds": None,
     "time_to_reward": ["--smoke"],
-    "trl_step": ["--smoke", "--repeats", "3"],
+    "trl_step": ["--smoke", "--repeats", "2", "--rounds", "1"],
     "generation": ["--prompts", "2", "--group-size", "2", "--max-tokens", "8", "--repeats", "1"],
     "head_memory": ["--smoke", "--repeats", "1"],
     "divergence_memory": ["--smoke"],

@@ -36,7 +36,7 @@ from benchmarks.workloads import (
 
 @dataclass
 class Size:
-    """A workload: ``goal`` is how many times faster lit-rl should be; ``warm`` steps are not counted."""
+    """A workload: ``goal`` is how many times faster lit-rl should be; ``warm`` steps of a run are not counted."""
 
     spec: Spec
     title: str
@@ -44,18 +44,28 @@ class Size:
     warm: int
 
 
+@dataclass
+class Measured:
+    """The counted steps of all runs of a side."""
+
+    versions: dict[str, str]
+    steps: list[dict[str, float]]
+    peak_gib: float
+
+
 def size_of(name: str, options: argparse.Namespace) -> Size:
     """The named workload for the device at hand."""
+    repeats = -(-options.repeats // options.rounds)
     if name == "quickstart":
         warm = 5
-        steps = warm + options.repeats
+        steps = warm + repeats
         prompts = write_jsonl(addition_problems(16 * steps), "additions")
         spec = Spec(str(warm_started_policy()), str(prompts), steps=steps, device=options.device)
         return Size(spec, "Quickstart: 0.56M parameters, 16 prompts × 8 completions of at most 128 tokens", 3.0, warm)
     few = {"tiny": (2, 4, 16), "100M": (2, 4, 512), "0.5B": (16, 8, 512)}
     prompts_per_step, group, tokens = few[name]
-    warm, repeats = 1, max(5, options.repeats // 3) if name == "100M" else options.repeats
-    steps = warm + repeats
+    warm = 1
+    steps = warm + (min(repeats, 3) if name == "100M" else repeats)
     prompts = write_jsonl(digit_problems(prompts_per_step * steps), "digits")
     spec = Spec(
         str(random_policy(name)),
@@ -106,22 +116,35 @@ def product_rate(device: str, precision: str) -> float:
     return 2 * size**3 / best
 
 
-def row_of(side: str, outcome: Outcome, size: Size, rate: float) -> dict[str, Any]:
-    """The medians of one side."""
-    steps = outcome.steps[size.warm :]
-    seconds = median([s["seconds"] for s in steps])
-    tokens = median([s["tokens"] for s in steps])
-    prompt_tokens = 32.0 if size.spec.forced_length else 7.0
+def measure(size: Size, sides: list[str], rounds: int) -> dict[str, Measured]:
+    """Run the sides in turn, so that a busy minute of the machine does not hit one of them alone."""
+    outcomes: dict[str, list[Outcome]] = {side: [] for side in sides}
+    for turn in range(rounds):
+        for side in sides:
+            outcomes[side].append(run_side(side, replace(size.spec, seed=turn + 1)))
     return {
-        "": f"{side} {outcome.versions.get(side.lower(), '')}".strip(),
+        side: Measured(
+            runs[0].versions, [s for run in runs for s in run.steps[size.warm :]], max(run.peak_gib for run in runs)
+        )
+        for side, runs in outcomes.items()
+    }
+
+
+def row_of(side: str, found: Measured, spec: Spec, rate: float) -> dict[str, Any]:
+    """The medians of one side."""
+    seconds = median([s["seconds"] for s in found.steps])
+    tokens = median([s["tokens"] for s in found.steps])
+    prompt_tokens = 32.0 if spec.forced_length else 7.0
+    return {
+        "": f"{side} {found.versions.get(side.lower(), '')}".strip(),
         "seconds a step": seconds,
-        "range": spread([s["seconds"] for s in steps]),
-        "generation": median([s["rollout"] for s in steps]),
-        "update": median([s["update"] for s in steps]),
+        "range": spread([s["seconds"] for s in found.steps]),
+        "generation": median([s["rollout"] for s in found.steps]),
+        "update": median([s["update"] for s in found.steps]),
         "generated tokens": int(tokens),
         "tokens/s": int(tokens / seconds),
-        "peak GiB": outcome.peak_gib,
-        "utilisation %": 100 * step_flops(size.spec, prompt_tokens, tokens) / seconds / rate,
+        "peak GiB": found.peak_gib,
+        "utilisation %": 100 * step_flops(spec, prompt_tokens, tokens) / seconds / rate,
     }
 
 
@@ -132,32 +155,33 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=["quickstart", "100M", "0.5B", "tiny"])
     parser.add_argument("--sides", nargs="+", choices=["lit-rl", "TRL"], default=["lit-rl", "TRL"])
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="instead of the size's own")
+    parser.add_argument("--rounds", type=int, default=3, help="runs that the repeats are spread over, sides in turn")
     options = parser.parse_args()
     names = options.sizes or (["tiny"] if options.smoke else ["0.5B"] if options.device == "cuda" else None)
     report = Report(
         "trl_step",
         "A whole GRPO step against TRL",
         "Median seconds of a step with everything in it, same model, prompts, group size, lengths and update; TRL at "
-        "its best setting on a CPU (one pass over the whole batch, no gradient checkpointing, float32). *Generation* "
-        "and *update* are the two large parts of a step. Memory is the peak of the process. *Utilisation* is the "
-        "arithmetic of a step that cannot be avoided, as a share of what a large matrix product does on this machine "
-        "in the same time.",
+        "its best setting on a CPU (one pass over the whole batch, no gradient checkpointing, float32). The sides run "
+        f"in turn, {options.rounds} times. *Generation* and *update* are the two large parts of a step. Memory is the "
+        "peak of the process. *Utilisation* is the arithmetic of a step that cannot be avoided, as a share of what a "
+        "large matrix product does on this machine in the same time.",
         hardware(options.device),
         {k: v for k, v in vars(options).items() if k != "json"},
     )
     for name in names or ["quickstart", "100M"]:
         size = size_of(name, options)
-        if options.precision:
-            size = replace(size, spec=replace(size.spec, precision=options.precision))
-        rate = product_rate(options.device, size.spec.precision)
-        outcomes = {side: run_side(side, size.spec) for side in options.sides}
-        rows = [row_of(side, outcome, size, rate) for side, outcome in outcomes.items()]
-        note = (
-            f"{size.spec.precision}; medians of {size.spec.steps - size.warm} steps; product {rate / 1e9:.0f} GFLOP/s"
-        )
+        spec = replace(size.spec, precision=options.precision or size.spec.precision)
+        size = replace(size, spec=spec)
+        rate = product_rate(options.device, spec.precision)
+        found = measure(size, options.sides, options.rounds)
+        rows = [row_of(side, one, spec, rate) for side, one in found.items()]
+        counted = options.rounds * (spec.steps - size.warm)
+        note = f"{spec.precision}; medians of {counted} steps; product {rate / 1e9:.0f} GFLOP/s"
         report.tables.append(Table(f"{size.title} ({note})", rows))
-        if size.goal and len(rows) == 2:
-            ratio = rows[1]["seconds a step"] / rows[0]["seconds a step"]
+        if size.goal and {"lit-rl", "TRL"} <= set(found):
+            seconds = dict(zip(found, (row["seconds a step"] for row in rows)))
+            ratio = seconds["TRL"] / seconds["lit-rl"]
             report.goals.append(Goal(f"times faster than TRL, {name}", ratio, "at least", size.goal))
     finish(report, options)
 
