@@ -2,11 +2,13 @@
 """Rollouts of several turns: what trains, what is context, where they end, and what a failing environment costs."""
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +173,21 @@ def test_an_episode_knows_its_record_and_has_a_seed_of_its_own(tokenizer):
     assert len(set(seeds)) == 3
     assert environments[0].started[0][0] == {"prompt": "", "source": "test", "uid": 0}
     assert environments[0].closed == 3
+
+
+def test_the_environment_of_the_documentation_works(tokenizer):
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    names: dict = {}
+    exec(code, names)
+
+    class WithAnswer(names["Oracle"]):
+        def start(self, record, seed):
+            return super().start({"answer": "7"}, seed)
+
+    rollouts = play(WithAnswer(), ["is it 5?", "is it 7?", "7"], tokenizer)
+    assert text_of(rollouts, tokenizer, False) == [" no. yes."]
+    assert rollouts.finished.all()
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------
