@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
 
 WIDTH = 12  # of the column of names
+MOVING = ("last_epoch",)  # arguments that start an attribute which then moves on
 
 
 def run_header(module: RLModule, world_size: int = 1) -> str:
@@ -215,7 +216,8 @@ def arguments(thing: Any) -> dict[str, tuple[Any, Any]]:
 
 def changed_arguments(thing: Any) -> dict[str, Any]:
     """Arguments with simple values that differ from their defaults: name -> value."""
-    return {k: v for k, (v, default) in arguments(thing).items() if _is_simple(v) and not _same(v, default)}
+    found = {k: pair for k, pair in arguments(thing).items() if k not in MOVING}
+    return {k: v for k, (v, default) in found.items() if _is_simple(v) and not _same(v, default)}
 
 
 def hyperparameters(module: RLModule) -> dict[str, bool | int | float | str]:

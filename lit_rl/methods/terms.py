@@ -161,7 +161,13 @@ class Term(ABC):
 
 
 class TokenTerm(Term):
-    """A term with one value a token, averaged by an `Aggregation`."""
+    """A term with one value a token, averaged by an `Aggregation`.
+
+    Attributes:
+        formula: the value of a token, for the run header; by default the term's name.
+    """
+
+    formula = ""
 
     def __init__(
         self,
@@ -175,6 +181,9 @@ class TokenTerm(Term):
 
     def averaging(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
         return aggregation_weights(self.trained(batch), self.aggregation, self.max_length)
+
+    def describe(self) -> str:
+        return f"{self.formula or self.name}; {self.aggregation.value.replace('_', ' ')}"
 
 
 class PolicyTerm(TokenTerm):
@@ -276,13 +285,14 @@ class KLTerm(TokenTerm):
         return self.penalty.values(current.logprobs, reference, old, trained)
 
     def describe(self) -> str:
-        return f"KL to the reference, reported {self.penalty.estimator}, differentiated {self.penalty.surrogate}"
+        return f"{self.penalty.describe()}; {self.aggregation.value.replace('_', ' ')}"
 
 
 class EntropyTerm(TokenTerm):
     """The entropy bonus: minus the entropy, so that a positive coefficient keeps the policy exploring."""
 
     name = "entropy"
+    formula = "-entropy"
     needs_entropy = True
 
     def values(self, batch: Rollouts, current: Current, signals: Signals) -> Tensor:
@@ -294,6 +304,7 @@ class LikelihoodTerm(TokenTerm):
     """Negative log-likelihood of demonstrations or replayed text (supervised fine-tuning)."""
 
     name = "sft"
+    formula = "-log pi of demonstrations and replayed text"
 
     def __init__(self, coefficient: float | str = 1.0, origins: Iterable[Origin] | None = None, **kwargs: Any) -> None:
         super().__init__(coefficient, origins or (Origin.DEMONSTRATION, Origin.REPLAY), **kwargs)
