@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import resource
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_rl.distributed import all_gather_concat, all_max, all_sum, union_of_names
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
 
 PROGRESS_BAR = ("reward/mean", "rollout/length_mean", "speed/tokens_per_second", "val/pass@1")
+_LOG_DEFAULTS = {key: p.default for key, p in inspect.signature(LightningModule.log).parameters.items()}
 _TOTAL = -1.0  # in place of a count: the entry is a sum over ranks, not a mean
 
 
@@ -150,7 +153,8 @@ class Reporting:
     ) -> None:
         """As in Lightning; in training a plain number takes the short way described above."""
         plain = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-        if plain and not any(options.values()) and logger is not False and self.trainer.training:
+        special = any(option and option != _LOG_DEFAULTS.get(key) for key, option in options.items())
+        if plain and not special and logger is not False and self.trainer.training:
             self.log_numbers({name: float(value)}, [name] if prog_bar else ())
         else:
             super().log(name, value, prog_bar, logger, **options)  # type: ignore[safe-super]
