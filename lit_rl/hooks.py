@@ -8,7 +8,8 @@ difference in ``rollouts.edits`` (that of requests too), so a callback that edit
 Within a step: ``on_plan``, then in rounds ``on_rollout_request``, ``on_rollouts``, ``on_rewards``, ``on_collected``;
 then ``on_batch_ready`` and ``on_advantages``; for each optimizer step ``on_loss_weights`` and for each of its
 micro-batches ``on_micro_batch`` and ``on_loss_terms``; at the end ``on_metrics``. Lightning's own
-``on_train_batch_end`` follows, when every callback has taken the step in: the place to save or rewind the run.
+``on_train_batch_end`` follows, when every callback has taken the step in: the place to rewind the run. Between two
+steps, when the last one is logged and validated, comes ``on_step_boundary``: the place to save it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class RolloutCallback(Callback):
 
     def check_setup(self, module: RLModule) -> None:
         """Raise ``ValueError`` with a sentence if this callback cannot work with the module's settings."""
+
+    def on_step_boundary(self, trainer: Trainer, module: RLModule) -> None:
+        """Between two steps: all about the last one is decided and logged, nothing of the next has begun."""
 
     def on_plan(self, trainer: Trainer, module: RLModule, prompts: int) -> int | None:
         """How many prompts should the first round of this step draw on this rank? Return a number or None."""

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed as ranks
-from lit_rl.hooks import HOOKS, RolloutCallback, required_signals
+from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals
 
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule
@@ -210,12 +210,12 @@ class RunState:
 
     def begin_step(self: RLModule) -> None:
         """Between two steps (called by the datamodule): let whoever saves the run do so."""
+        self.undo_interrupted_step()
         self.begin_reporting()
         # Where callbacks of Lightning log; it counts a validation after a resume as one more step.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.clock
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_step_boundary"):
-                callback.on_step_boundary(self.trainer, self)
+        for callback in callbacks_with(self.trainer, "on_step_boundary"):
+            callback.on_step_boundary(self.trainer, self)
 
     def on_train_batch_start(self: RLModule, batch: Any, batch_idx: int) -> int | None:
         """-1 ends the run without another step, if it was stopped at the boundary."""

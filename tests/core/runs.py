@@ -114,7 +114,7 @@ class Pause(Callback):
             time.sleep(self.seconds)
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 180.0) -> None:
     """Poll, and fail if it takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():

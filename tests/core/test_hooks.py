@@ -48,7 +48,15 @@ for _hook in HOOKS:
 def test_hooks_run_stage_by_stage_and_within_a_stage_in_the_order_of_the_list(policy, tmp_path):
     calls: list[str] = []
     run(tmp_path, policy, Trace("a", calls), Trace("b", calls), updates_per_rollout=2)
-    stages = ["on_plan", "on_rollout_request", "on_rollouts", "on_rewards", "on_collected", "on_batch_ready"]
+    stages = [
+        "on_step_boundary",
+        "on_plan",
+        "on_rollout_request",
+        "on_rollouts",
+        "on_rewards",
+        "on_collected",
+        "on_batch_ready",
+    ]
     update = ["on_loss_weights", "on_micro_batch", "on_loss_terms"]
     expected = [*stages, "on_advantages", *update, *update, "on_metrics"]
     assert calls == [f"{name} {hook}" for hook in expected for name in "ab"]
