@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,13 @@ def same_tokens(first: Rollouts, second: Rollouts) -> bool:
 def guides(batches: Sequence[Rollouts]) -> list[int]:
     """Number of guide rows in each batch."""
     return [int((batch.origin == 1).sum()) for batch in batches]
+
+
+class Slow(Callback):
+    """Slows steps down, so that whoever kills the run meets it at work."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        time.sleep(self.seconds)

@@ -217,3 +217,16 @@ def test_a_monitor_says_once_that_its_value_never_appears() -> None:
         seen = Monitor("x", "Somebody", patience=2)
         assert seen.read(SimpleNamespace(x=1).__dict__) == 1
         assert all(math.isnan(seen.read({})) for _ in range(5))
+
+
+def test_a_number_logged_now_and_then_is_gone_at_the_next_step(tmp_path: Path) -> None:
+    class Sometimes(RewardAlarm):
+        def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+            if module.clock == 1:
+                module.log("one", 1.0)
+                module.log_dict({"two": 2.0})
+
+    numbers = Numbers()
+    train(tmp_path / "run", guided_module(make_policy(tmp_path / "policy"), max_rollouts=4), [Sometimes(), numbers])
+    assert [clock for clock, logged in numbers.logged.items() if "one" in logged] == [1]
+    assert [clock for clock, logged in numbers.logged.items() if "two" in logged] == [1]
