@@ -377,18 +377,23 @@ class DPPO(Surrogate):
     the advantage: ``p - p_old > clip_high`` for A > 0, ``p - p_old < -clip_low`` otherwise. A ratio bound punishes rare
     tokens for moves that hardly change the distribution; this one does not.
 
+    With ``max_ratio=inf`` and ``penalty=1e-3`` it has the gradient of prime-rl's default loss, whose penalty holds also
+    where the rest is cut. There π_old is the policy that sampled (correction ``behaviour`` of a sampler).
+
     Args:
         clip_low: how far a probability may fall.
         clip_high: how far a probability may rise.
         max_ratio: upper bound of the detached ratio.
+        penalty: coefficient of ``(log pi - log pi_old)^2``.
     """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     max_ratio: float = 3.0
+    penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        check_bounds(self, clip_low=self.clip_low, clip_high=self.clip_high)
+        check_bounds(self, clip_low=self.clip_low, clip_high=self.clip_high, penalty=self.penalty)
         if not self.max_ratio >= 1:
             raise ValueError(
                 f"DPPO: max_ratio bounds the ratio from above and must be at least 1, got {self.max_ratio}."
@@ -398,11 +403,14 @@ class DPPO(Surrogate):
         ratio, advantages = batch.log_ratio.detach().exp(), batch.advantages
         change = batch.logprobs.detach().exp() - batch.old_logprobs.exp()
         cut = torch.where(advantages > 0, change > self.clip_high, change < -self.clip_low)
-        values = -ratio.clamp(max=self.max_ratio) * advantages * batch.logprobs
-        return PolicyLoss(values.masked_fill(cut, 0.0), ratio, cut)
+        values = (-ratio.clamp(max=self.max_ratio) * advantages * batch.logprobs).masked_fill(cut, 0.0)
+        if self.penalty:
+            values = values + self.penalty * batch.log_ratio.square()
+        return PolicyLoss(values, ratio, cut)
 
     def describe(self) -> str:
         return (
             f"-sg(min(rho, {self.max_ratio:g})) A log pi a token, cut where p - p_old leaves "
             f"[-{self.clip_low:g}, {self.clip_high:g}] in A's direction"
+            + (f"; plus {self.penalty:g} (log rho)^2" if self.penalty else "")
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.objectives import (
+    DPPO,
     Clip,
     MismatchSums,
     OffPolicyCorrection,
@@ -123,6 +124,22 @@ def test_decoupled_objective():
     assert loss.item() == pytest.approx(-2.4)
     (gradient,) = torch.autograd.grad(loss, current)
     assert gradient.item() == 0
+
+
+@pytest.mark.parametrize(("advantage", "kept"), [(1.0, False), (-1.0, True), (0.0, False)])
+def test_prime_rl_masks_by_probability_and_penalises_everywhere(advantage, kept):
+    """p = 0.5 now, q = 0.2 sampled: up by 0.3. A = 0 uses the test of the low side, which a rise passes, but has
+    nothing to push; the penalty (log 2.5)² = 0.839589 is there in each case."""
+    rule = DPPO(max_ratio=math.inf, penalty=1e-3)
+    q = torch.tensor([[math.log(0.2)]], dtype=torch.float64)
+    p = torch.tensor([[math.log(0.5)]], dtype=torch.float64, requires_grad=True)
+    out = rule(p, q, torch.full((1, 1), advantage, dtype=torch.float64), torch.ones(1, 1))
+    own = -advantage * 2.5 * math.log(0.5) if kept else 0.0
+    assert out.values.item() == pytest.approx(own + 1e-3 * 0.839589, abs=1e-8)
+    (gradient,) = torch.autograd.grad(out.values.sum(), p)
+    # that of -keep A p/q + 1e-3 (log p/q)²
+    assert gradient.item() == pytest.approx(-advantage * 2.5 * kept + 2e-3 * math.log(2.5), abs=1e-9)
+    assert out.clipped.item() == (advantage == 1)
 
 
 def test_off_policy_sequence_mask():
