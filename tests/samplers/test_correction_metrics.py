@@ -12,7 +12,12 @@ C = 1.05
 
 def logged(tmp_path, sampler, **options):
     module = make_module(
-        make_policy(tmp_path / "policy"), sampler=sampler, updates_per_rollout=2, max_rollouts=4, **options
+        make_policy(tmp_path / "policy"),
+        sampler=sampler,
+        updates_per_rollout=2,
+        prompts_per_step=16,
+        max_rollouts=4,
+        **options,
     )
     trainer = train(tmp_path / "run", module)
     return {k: float(v) for k, v in trainer.callback_metrics.items()}, module
