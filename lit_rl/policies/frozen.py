@@ -210,20 +210,21 @@ class Snapshot(FrozenCopy):
 class EMA(Snapshot):
     """An exponential moving average of the policy: ``average <- decay * average + (1 - decay) * weights``.
 
-    The first refresh only copies, as in On-Policy Self-Distillation (arXiv 2601.18734). The average is kept in float32,
-    because in bfloat16 a change of 1 - decay of a weight's size would be rounded away.
+    The average is kept in float32, because in bfloat16 a change of 1 - decay of a weight's size would be rounded away.
 
     Args:
         decay: weight of the past, in [0, 1). With 0 it is a copy of the last step's policy.
+        copy_first: the first refresh only copies, as in On-Policy Self-Distillation (arXiv 2601.18734); otherwise the
+            average begins at the initial weights, as in CaOPD (arXiv 2604.16830).
     """
 
     kind = "moving average"
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.999, copy_first: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; use FrozenCopy for weights that never change.")
         super().__init__()
-        self.decay, self.updates = decay, 0
+        self.decay, self.copy_first, self.updates = decay, copy_first, 0
         self.average: dict[str, Tensor] = {}
 
     def setup(self, model: nn.Module) -> None:
@@ -237,7 +238,7 @@ class EMA(Snapshot):
 
     @torch.no_grad()
     def refresh(self, model: nn.Module, step: int) -> None:
-        if self.updates == 0:
+        if self.updates == 0 and self.copy_first:
             self.take(model, step)
             self._start_average()
         else:

@@ -82,6 +82,19 @@ def test_moving_average(steps, expected):
         assert float(teacher.weight.detach()) == pytest.approx(expected, abs=1e-3 if steps > 99 else 1e-6)
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(10, 0.095618), (69, 0.500163)])
+def test_moving_average_that_begins_at_the_initial_weights(steps, expected):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average = EMA(decay=0.99, copy_first=False)
+    average.setup(model)
+    torch.nn.init.ones_(model.weight)
+    for step in range(1, steps + 1):
+        average.refresh(model, step)
+    with average.model(model) as teacher:
+        assert float(teacher.weight.detach()) == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("teacher", [FrozenCopy, Live, lambda: EMA(decay=0.5)])
 def test_every_kind_of_teacher_runs_and_style_tokens_are_logged(tmp_path: Path, teacher):
     metrics = Metrics()
