@@ -217,7 +217,7 @@ class ThreadWorker(Worker):
 
 
 class ProcessWorker(Worker):
-    """Works in a process of its own, started by spawn; it ends with this one.
+    """Works in a process of its own, started by forkserver (spawn where there is none); it ends with this one.
 
     Messages are pickled bytes in a pipe, read by a thread at either end, so that neither side ever waits for the other
     to read.
@@ -232,7 +232,8 @@ class ProcessWorker(Worker):
         super().__init__()
         import multiprocessing
 
-        context = multiprocessing.get_context("spawn")
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context: Any = multiprocessing.get_context(method)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_process_main, args=(theirs,), daemon=True, name="rollouts")
         self.process.start()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asynchronous rollouts: order, age and versions of batches; state; a worker that fails, dies or is to stop."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +23,8 @@ from lit_rl.samplers.wrapping import staleness
 from lit_rl.testing import assert_same_weights, check_resume, final_state, make_module, make_policy, train
 
 MODEL = torch.nn.Linear(1, 1)
+# Worker processes are forked from a server; one that has imported the package starts them in milliseconds.
+multiprocessing.set_forkserver_preload(["lit_rl.testing", "transformers.models.qwen2.modeling_qwen2"])
 
 
 def length_of_draw(draw: int, sample: int) -> int:
@@ -297,7 +300,6 @@ class Deadly(HFSampler):
         return super().collect()
 
 
-@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_counts_nothing_twice(tokenizer, tmp_path, caplog):
     """A worker process is killed in the middle of a run: every batch is what a thread that lives would have sampled,
     from the weights it was due, and the weights in the worker are the trainer's at each step."""
@@ -370,10 +372,11 @@ def test_a_policy_learns_from_asynchronous_rollouts(tmp_path, correction):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
-def test_two_deterministic_runs_are_the_same(tmp_path):
+def test_a_process_and_a_thread_make_the_same_run(tmp_path):
     policy = make_policy(tmp_path / "policy")
     modules = [
-        make_module(policy, sampler=AsyncSampler(worker="thread", deterministic=True), max_rollouts=3) for _ in range(2)
+        make_module(policy, sampler=AsyncSampler(worker=kind, deterministic=True, threads=1), max_rollouts=4)
+        for kind in ("thread", "process")
     ]
     for i, module in enumerate(modules):
         train(tmp_path / str(i), module)

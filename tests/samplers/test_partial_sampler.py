@@ -4,6 +4,7 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,16 @@ from lit_rl.objectives import Clip
 from lit_rl.rollouts import Rollouts, StopReason
 from lit_rl.samplers import HFSampler, PartialSampler, RolloutRequest, RolloutSampler, Sampling
 from lit_rl.samplers.wrapping import staleness
-from lit_rl.testing import assert_same_weights, check_resume, final_state, make_module, make_policy, train
+from lit_rl.testing import (
+    StopAt,
+    assert_same_weights,
+    check_resume,
+    final_state,
+    make_module,
+    make_policy,
+    run_on_ranks,
+    train,
+)
 
 LENGTHS = (2, 3, 9, 10, 4, 12, 5, 1)
 
@@ -375,6 +385,29 @@ def test_without_oversampling_a_run_is_the_plain_run(tmp_path):
     train(tmp_path / "plain", plain)
     train(tmp_path / "partial", partial)
     assert_same_weights(final_state(plain), final_state(partial))
+
+
+def resume_on_a_rank(rank: int, folder: Path, policy: Path) -> None:
+    """A whole run and one that is stopped and resumed, on two ranks; each has a buffer of its own."""
+    parallel = {"strategy": "ddp", "devices": 2}
+    whole, part, rest = (partial_module(policy, max_rollouts=4) for _ in range(3))
+    train(folder / "whole", whole, **parallel)
+    train(folder / "part", part, [StopAt(2)], **parallel)
+    waiting = part.sampler.buffer.prompts.draw.tolist()
+    checkpoint = folder / "part" / "checkpoints" / "clock00000002.ckpt"
+    train(folder / "part", rest, checkpoint=checkpoint, **parallel)
+    same = all(torch.equal(x, final_state(rest)[n]) for n, x in final_state(whole).items())
+    torch.save({"waiting": waiting, "same": same, "cursor": rest.cursor}, folder / f"rank{rank}.pt")
+
+
+def test_every_rank_carries_its_own_groups_over_and_finds_them_again(tmp_path):
+    run_on_ranks(resume_on_a_rank, 2, tmp_path, make_policy(tmp_path / "policy"))
+    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))
+    assert first["same"]
+    assert second["same"]
+    assert len(first["waiting"]) == len(second["waiting"]) == 2
+    assert not set(first["waiting"]) & set(second["waiting"])
+    assert first["cursor"] == second["cursor"] == 2 * (4 + 3 * 2)
 
 
 def test_a_policy_learns_from_partial_rollouts(tmp_path):
