@@ -34,6 +34,10 @@ LAYOUT = {
 }
 
 
+# Text in a markdown table as it is: completions are full of signs that mean something in markdown, LaTeX and HTML.
+LITERAL = str.maketrans({"\n": "<br>", "\r": None} | {c: f"&#{ord(c)};" for c in "&<>|\\`*_[]#~$\"'"})
+
+
 class RolloutLogger(RolloutCallback):
     """Writes completions to TensorBoard text and to one rollout file for each clock.
 
@@ -73,7 +77,7 @@ class RolloutLogger(RolloutCallback):
         for writer in self._writers(trainer):
             writer.add_custom_scalars(LAYOUT)
             header = run_header(pl_module, trainer.world_size)
-            writer.add_text("run", f"```\n{header}\n```", pl_module.clock)
+            writer.add_text("run", f"```\n{header}\n```", max(0, pl_module.clock - 1))
             # Only the names of the metrics: their values are those of the curves of the same names.
             for summary in hparams(hyperparameters(pl_module), dict.fromkeys(FINAL_METRICS, 0.0)):
                 writer.file_writer.add_summary(summary)
@@ -95,7 +99,7 @@ class RolloutLogger(RolloutCallback):
                     writer.add_histogram("rollout/advantages", advantages.cpu(), clock)
 
     def table(self, rollouts: Rollouts, texts: list[str]) -> str:
-        """A markdown table of the first rows, best and worst of the batch among them."""
+        """A markdown table of the rows with the highest and the lowest rewards."""
         rewards = rollouts.rewards
         order = torch.argsort(torch.nan_to_num(rewards, nan=-torch.inf), descending=True, stable=True).tolist()
         half = self.rows // 2
@@ -123,7 +127,7 @@ class RolloutLogger(RolloutCallback):
 
     def _cell(self, text: str) -> str:
         text = text if len(text) <= self.max_characters else text[: self.max_characters] + " …"
-        return text.replace("|", "\\|").replace("\n", "<br>").replace("<s>", "&lt;s&gt;") or " "
+        return text.translate(LITERAL) or " "
 
     def _writers(self, trainer: Any) -> list[Any]:
         if not trainer.is_global_zero:

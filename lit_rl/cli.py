@@ -35,8 +35,10 @@ def own_commands() -> dict[str, Callable[..., Any]]:
 
 def overview() -> str:
     """What ``lit-rl --help`` prints."""
-    own = {name: (function.__doc__ or "").splitlines()[0] for name, function in own_commands().items()}
-    lines = [f"  {name:<12}{text.rstrip('.')}" for name, text in (LIGHTNING_COMMANDS | own).items()]
+    own = {name: (function.__doc__ or "").splitlines()[0].replace("`", "") for name, function in own_commands().items()}
+    lines = [
+        f"  {name:<12}{text[0].lower()}{text[1:].rstrip('.')}" for name, text in (LIGHTNING_COMMANDS | own).items()
+    ]
     return "\n".join(
         [
             f"lit-rl {__version__}: reinforcement-learning post-training of language models on PyTorch Lightning",
