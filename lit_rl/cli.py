@@ -103,7 +103,7 @@ def keep_comments_as_text() -> None:
 
     def load_yaml(text: str) -> Any:
         value = load(text)
-        return text if value is None and text.startswith("#") and "\n" not in text else value
+        return text if value is None and text.startswith("#") else value
 
     load_yaml.keeps_comments = True  # type: ignore[attr-defined]
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))

@@ -18,7 +18,7 @@ from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import Reward
 from lit_rl.samplers import Sampling
 
-TEXTS = ("#", "###", "# Title", "yes", "12", "[", "{% if x %}", "- a", "a: b", "\n\n", "")
+TEXTS = ("#", "###", "# Title", "# Title\n# Text", "yes", "12", "[", "{% if x %}", "- a", "a: b", "\n\n", "")
 
 
 def text_arguments() -> Iterator[tuple[type, str]]:
