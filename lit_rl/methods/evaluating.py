@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,9 @@ class Evaluation:
             self.show_numbers(numbers, PROGRESS_BAR)
             self.write_numbers(numbers)  # at the clock of the step that it follows
             return
-        # Lightning prints and returns what is logged.
-        self.log_dict({k: v for k, v in numbers.items() if k == f"{prefix}/pass@1"}, prog_bar=True)
-        self.log_dict({k: v for k, v in numbers.items() if k != f"{prefix}/pass@1"})
+        # Lightning prints and returns what is logged. All ranks have the same numbers already; it would warn otherwise.
+        self.log_dict({k: v for k, v in numbers.items() if k == f"{prefix}/pass@1"}, prog_bar=True, sync_dist=True)
+        self.log_dict({k: v for k, v in numbers.items() if k != f"{prefix}/pass@1"}, sync_dist=True)
 
     def evaluation_failures(self: RLModule, prefix: str) -> dict[str, float]:
         """Rows that rewards failed on, over all ranks; they do not count as failures of training."""
@@ -136,7 +137,9 @@ class Evaluation:
         sets = self.data.eval_sets
         # A rank may not have met every source, but all must take part in every reduction, in the same order.
         names = [n.split("|", 1) for n in sorted(union_of_names(f"{i}|{source}" for i, source in self.metrics))]
-        results = {(int(i), s): self.metric(int(i), s).compute() for i, s in names}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")  # a rank may have nothing to add
+            results = {(int(i), s): self.metric(int(i), s).compute() for i, s in names}
         numbers: dict[str, float] = {}
         wholes = [results[i, ""] for i in range(len(sets)) if (i, "") in results]
         for name in dict.fromkeys(k for r in wholes for k in r):

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_rl.checkpoint import RolloutCheckpoint
 from lit_rl.data import EvalSet, ListStream, PromptDataModule
 from lit_rl.metrics import GenerationMetrics, majority_correct, pass_at_k
 from lit_rl.rollouts import Prompts, Rollouts, StopReason
@@ -199,3 +202,21 @@ def test_two_ranks_validate_as_one(tmp_path: Path):
     policy = make_policy(tmp_path / "policy")
     expected = validate(tmp_path / "one", policy)
     run_on_ranks(check_validation, 2, str(tmp_path / "two"), str(policy), expected)
+
+
+class SignalInValidation(Callback):
+    """What SIGTERM does, in the middle of the first validation."""
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        next(c for c in trainer.callbacks if isinstance(c, RolloutCheckpoint)).received = 15
+
+
+def test_a_signal_in_the_first_validation_stops_a_run_that_monitors_it(tmp_path: Path):
+    module = make_module(make_policy(tmp_path / "policy"))
+    best = ModelCheckpoint(tmp_path / "best", "best", monitor="val/pass@1", mode="max")
+    options = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = make_trainer(tmp_path / "run", [SignalInValidation(), best], **options)
+    trainer.fit(module, datamodule=TwoSets())
+    assert module.clock == 2
+    assert math.isnan(float(trainer.callback_metrics["val/pass@1"]))
+    assert (tmp_path / "run" / "checkpoints" / "clock00000002.ckpt").exists()
