@@ -98,11 +98,8 @@ class AutoNPO(GuidedReplay):
         self.distances, self.every = sorted(set(distances)), math.gcd(*distances)
         ring = StateRing(max(distances) // self.every + 1, max_bytes)
         super().__init__(gate, strict, samples, is_mode, ring)
-        self.mistake_accuracy, self.probe_prompts, self.probe_pass_rate = (
-            mistake_accuracy,
-            probe_prompts,
-            probe_pass_rate,
-        )
+        self.probe_prompts, self.probe_pass_rate = probe_prompts, probe_pass_rate
+        self.mistake_accuracy = mistake_accuracy
         self.v_mode, self.v_scale, self.v_floor = v_mode, v_scale, v_floor
         self.entropy_monitor, self.max_interventions = entropy_monitor, max_interventions
         self.monitors = [Monitor(name, type(self).__name__) for name in (reward_monitor, entropy_monitor)]
