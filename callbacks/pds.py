@@ -81,7 +81,7 @@ class PredictiveDynamicSampling(GroupFilter):
         """Draw more prompts than wanted; every rank draws equally many."""
         if not self.enabled:
             return None
-        # Rounding first keeps 10 x 1.2 from becoming 11 through binary fractions.
+        # Rounding first: a factor of 2.2 may be 2.1999… in binary, and ten prompts must become 22.
         return math.floor(round(module.prompts_per_step * self.factor(), 9)) // ranks.world_size()
 
     def on_batch_ready(self, trainer: Any, module: Any, rollouts: Rollouts) -> Rollouts | None:

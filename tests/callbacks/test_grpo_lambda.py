@@ -14,7 +14,7 @@ from callback_batches import NAN, Module, add_demonstrations, batch, grpo_advant
 
 from lit_rl.callbacks import RECAP, DynamicSampling, GRPOLambda, Objective, PredictiveDynamicSampling
 from lit_rl.rewards import FunctionReward
-from lit_rl.rollouts import Rollouts
+from lit_rl.rollouts import Origin, Rollouts
 from lit_rl.testing import check_neutral, check_resume, make_module
 
 
@@ -160,6 +160,16 @@ def test_demonstrations_are_neither_ranked_nor_penalised(verdict: float) -> None
     assert torch.equal(rewards[:8], alone)
     assert mixed.row["reward_terms.length_penalty"][8:].count_nonzero() == 0
     assert logged == expected
+
+
+def test_a_demonstration_inside_a_group_has_no_part_in_its_accuracy_and_lengths() -> None:
+    plain, _ = penalise(batch([[100, 200, 300]], [[1.0] * 3]), fraction=1)
+    mixed = batch([[100, 200, 300, 5000]], [[1.0] * 4])
+    mixed.row["origin"][3] = Origin.DEMONSTRATION
+    rewards, logged = penalise(mixed, fraction=1)
+    assert torch.equal(rewards[:3], plain)
+    assert rewards[3] == 1
+    assert logged["grpo_lambda/acc_threshold"] == 1
 
 
 def test_the_penalty_is_a_reward_term_of_its_own_and_follows_the_weight_of_the_verifier() -> None:

@@ -34,8 +34,10 @@ def test_the_factor_follows_the_pass_rates(rates: list[float], factor: float) ->
 
 def test_the_number_of_prompts_is_rounded_down() -> None:
     assert predicted([0.25, 0.75]).on_plan(None, Module(prompts_per_step=128), 128) == 320
-    assert predicted([1.0]).on_plan(None, Module(prompts_per_step=10), 10) == 12  # 10 x 1.2 is 11.999… in binary
     assert predicted([0.4, 0.6]).on_plan(None, Module(prompts_per_step=7), 7) == 15
+    assert (
+        predicted([0.4, 0.6]).on_plan(None, Module(prompts_per_step=10), 10) == 22
+    )  # not 21: 2.2 is 2.1999… in binary
 
 
 def test_only_the_last_steps_count() -> None:
