@@ -104,6 +104,8 @@ def test_bins_are_closed_on_the_left_and_the_last_on_both_sides():
     for confidence, accuracy, expected in ((0.3, 0.3, 0.0), (1.0, 1.0, 0.0), (0.9, 0.9, 0.0), (1.7, 1.0, 0.7)):
         c, r = torch.full((10,), confidence).double(), (torch.arange(10) < 10 * accuracy - 1e-9).double()
         assert float(expected_calibration_error(c, r)) == pytest.approx(expected, abs=1e-6)
+    single = expected_calibration_error(torch.tensor([0.7, 0.79]), torch.tensor([1.0, 0.49]))
+    assert float(single) == pytest.approx(0.0, abs=1e-6), "0.7 in single precision belongs to the bin of 0.79"
     mixed = expected_calibration_error(torch.tensor([0.95, 1.0]), torch.tensor([1.0, 0.95]))
     assert float(mixed) == pytest.approx(0.0, abs=1e-6), "0.95 and 1.0 share a bin"
 
@@ -150,7 +152,7 @@ def test_right_and_wrong_completions_get_the_same_line_and_keep_their_body():
     line = "\nConfidence: 0.25"
     assert texts_of(found) == [f"it is 4{line}", f"it is 5{line}", f"no{line}", line[1:]]
     eos = module.tokenizer.eos_token_id
-    assert all(ids[-1] == eos for ids in found.completions())
+    assert all(ids.index(eos) == len(ids) - 1 for ids in found.completions())
     assert found.finished.all()
     assert found.row["stop_reason"].eq(int(StopReason.END)).all()
     assert found.origin.eq(int(Origin.TEACHER)).all()

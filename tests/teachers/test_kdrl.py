@@ -41,6 +41,11 @@ def test_estimators_and_their_slopes_without_a_cap(ratio, k2, k3):
     assert penalty("k3", ratio) == pytest.approx(k3, abs=1e-6)
 
 
+def test_the_methods_term_has_no_cap_either(tmp_path: Path):
+    (term,) = [t for t in make_module(tmp_path, KDRL, teacher=Live()).terms() if t.name == "kd"]
+    assert term.penalty == KLPenalty(surrogate="k2", cap=None)
+
+
 def test_annealing_is_a_linear_schedule_of_the_coefficient():
     schedule = ScalarSchedule("kd_coef", start=5e-3, end=1e-3, steps=80)
     found = [schedule.value(s) for s in (0, 1, 40, 80, 81, 280)]

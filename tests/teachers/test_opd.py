@@ -25,6 +25,7 @@ from lit_rl.methods.opd import teacher_advantages
 from lit_rl.methods.teaching import teacher_comparison
 from lit_rl.objectives import AdvantageNormalizer, Aggregation, Clip, Divergence
 from lit_rl.policies import EMA, Checkpoint, FrozenCopy, Live, Teacher
+from lit_rl.policies import divergence_tiles as tiles
 from lit_rl.rollouts import Origin
 from lit_rl.testing import (
     check_resume,
@@ -136,6 +137,16 @@ def test_gkd_equals_a_naive_loop_with_its_gradient(gkd, divergence, aggregation)
     loss, found = loss_and_gradients(gkd, batch, 40)
     assert loss == pytest.approx(float(expected.detach()), abs=1e-10)
     assert_close(found, gradients_of(gkd, expected))
+
+
+def test_the_term_announces_the_weights_that_the_loss_has(gkd, monkeypatch):
+    """So that no logit is computed twice."""
+    use(gkd, divergence=Divergence(0.5), aggregation=Aggregation.SEQUENCE_MEAN, distill_coef=0.7)
+    monkeypatch.setattr(tiles, "_DivergenceGradients", None)
+    loss, found = loss_and_gradients(gkd, gkd.last_rollouts, 40)
+    assert loss > 0
+    assert max(float(g.abs().max()) for g in found.values()) > 0
+    use(gkd, distill_coef=1.0)
 
 
 def test_gkd_trains_only_what_has_a_weight(gkd):

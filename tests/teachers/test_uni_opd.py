@@ -139,6 +139,7 @@ def test_tokens_on_which_policy_and_teacher_are_worlds_apart_are_cut_after_the_s
         (3, 13, 2, (3, 1)),
         (12, 4, 0.5, (2, 4)),
         (3, 13, 0.5, (3, 6)),
+        (1, 1, 0.5, (1, 1)),
         (5, 3, 0, (0, 3)),
         (5, 3, math.inf, (5, 0)),
     ],
