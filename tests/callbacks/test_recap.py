@@ -273,18 +273,17 @@ def mixed_recap(**options: Any) -> RECAP:
 
 def test_a_run_that_mixes_sampling_and_replay_weighs_both_and_resumes_inside_the_window(tmp_path: Path) -> None:
     policy = make_policy(tmp_path / "policy")
-    whole, part, rest = (mixed_module(policy) for _ in range(3))
-    first, second = mixed_recap(), mixed_recap()
+    whole, first = mixed_module(policy), mixed_recap()
     train(tmp_path / "whole", whole, [first], data=Mixture())
     assert first.weights["toy"] != 1
     assert sum(first.weights.values()) == pytest.approx(2)
-    train(
-        tmp_path / "parts", part, [mixed_recap(), StopAt(3)], data=Mixture()
-    )  # one value before both windows are full
-    checkpoint = tmp_path / "parts" / "checkpoints" / "clock00000003.ckpt"
-    train(tmp_path / "parts", rest, [second], checkpoint=checkpoint, data=Mixture())
-    assert_same_weights(final_state(whole), final_state(rest))
-    assert first.state_dict() == second.state_dict()
+    for at in (3, 5):  # one value before both windows are full; with weights that the next step applies
+        part, rest, second = mixed_module(policy), mixed_module(policy), mixed_recap()
+        run = tmp_path / f"stopped at {at}"
+        train(run, part, [mixed_recap(), StopAt(at)], data=Mixture())
+        train(run, rest, [second], checkpoint=run / "checkpoints" / f"clock{at:08d}.ckpt", data=Mixture())
+        assert_same_weights(final_state(whole), final_state(rest))
+        assert first.state_dict() == second.state_dict()
     plain = mixed_module(policy)
     train(tmp_path / "plain", plain, data=Mixture())
     with pytest.raises(AssertionError, match="differs"):  # the weights do matter
