@@ -156,5 +156,5 @@ class HFSampler(RolloutSampler):
 
     def describe(self) -> str:
         """One line for the run header."""
-        how = type(self.decoder).__name__ if self.decoder is not None else "not set up"
-        return f"HFSampler(max_rows={self.max_rows}, {how})"
+        how = f", {type(self.decoder).__name__}" if self.decoder is not None else ""
+        return f"HFSampler(max_rows={self.max_rows}{how})"

@@ -449,7 +449,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_the_description_says_how_it_decodes(qwen: Any) -> None:
-    assert HFSampler().describe() == "HFSampler(max_rows=256, not set up)"
+    assert HFSampler().describe() == "HFSampler(max_rows=256)"
     assert connected(qwen, max_rows=9).describe() == "HFSampler(max_rows=9, FastDecoder)"
 
 
