@@ -38,7 +38,6 @@ def run_header(module: RLModule, world_size: int = 1) -> str:
     lines: list[tuple[str, Iterable[str]]] = [
         ("policy", [_policy(module)]),
         *_algorithm(module),
-        ("reference", [summary(module.reference)] if module.reference is not None else []),
         ("optimizer", [_optimization(module)]),
         ("batch", _batch(module, world_size)),
         ("sampling", [f"{summary(module.sampling)} by {summary(module.sampler)}"]),
@@ -56,11 +55,13 @@ def run_header(module: RLModule, world_size: int = 1) -> str:
 
 
 def _algorithm(module: RLModule) -> list[tuple[str, list[str]]]:
-    """``describe()`` says ``name: text``; lines of one name stand under each other."""
+    """``describe()`` says ``name: text``; lines of one name stand under each other. Then the frozen policies."""
     parts: dict[str, list[str]] = {}
     for line in module.describe():
         name, _, text = line.partition(": ")
         parts.setdefault(name, []).append(text)
+    for name, frozen in module.frozen_policies().items():
+        parts.setdefault(name, [summary(frozen)])  # a method may have said more about it
     return list(parts.items())
 
 
@@ -147,16 +148,15 @@ def _callbacks(callbacks: Iterable[Any]) -> list[str]:
 
 
 def _memory(module: RLModule, world_size: int) -> list[str]:
-    from lit_rl.policies import AdapterOff, FrozenCopy
+    from lit_rl.policies import FrozenCopy
 
     try:
         plan = plan_of(module, world_size)
     except Exception as error:  # the plan needs a model type that Transformers can build without its weights
         return [f"no plan: {type(error).__name__}: {error}".splitlines()[0]]
     lines = str(plan).splitlines()
-    if isinstance(module.reference, FrozenCopy) and not isinstance(module.reference, AdapterOff):
-        lines.append(f"{'reference':<14}{'':>11}  the size of the weights once more")
-    return lines
+    copies = [name for name, frozen in module.frozen_policies().items() if isinstance(frozen, FrozenCopy)]
+    return lines + [f"{name:<14}{'':>11}  the size of the weights once more" for name in copies]
 
 
 def plan_of(module: RLModule, world_size: int = 1) -> Any:
