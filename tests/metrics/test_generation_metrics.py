@@ -167,7 +167,7 @@ class TwoSets(PromptDataModule):
         sums = [{"prompt": f"{i}+1=", "answer": "1", "source": "even" if i % 2 == 0 else "odd"} for i in range(5)]
         self.train_stream = ListStream(sums)
         mixed = EvalSet("mixed", ListStream(sums, shuffle=False), samples=1, temperature=0.0)
-        many = EvalSet("many", ListStream(sums[:2], shuffle=False, source="many"), samples=4, max_tokens=3)
+        many = EvalSet("many", ListStream(sums[::2], shuffle=False), samples=4, max_tokens=3)
         self.eval_sets = [mixed, many]
 
 
@@ -183,6 +183,7 @@ def test_validation_reports_each_set_each_source_of_a_mixed_one_and_the_mean_ove
     assert {"val/pass@1", "val/mixed/pass@1", "val/mixed/even/pass@1", "val/mixed/odd/pass@1"} <= found.keys()
     assert "val/many/pass@4" in found
     assert "val/mixed/pass@2" not in found  # one completion of each prompt
+    assert "val/many/even/pass@1" not in found  # a set of one source needs no second name
     both = found["val/mixed/pass@1"] + found["val/many/pass@1"]
     assert found["val/pass@1"] == pytest.approx(both / 2)
     by_source = 3 * found["val/mixed/even/length_mean"] + 2 * found["val/mixed/odd/length_mean"]
