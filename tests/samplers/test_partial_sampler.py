@@ -12,6 +12,7 @@ from contract import contract
 from lightning.pytorch import Callback
 from scripted_sampler import ScriptedSampler, Steps, prompts_at
 
+from lit_rl.callbacks import DynamicSampling
 from lit_rl.methods.terms import Current, PolicyTerm, Signals
 from lit_rl.objectives import Clip
 from lit_rl.rollouts import Rollouts, StopReason
@@ -424,6 +425,21 @@ def test_a_policy_learns_from_partial_rollouts(tmp_path):
     assert max(stale) > 0.1, "the test needs interruptions"
     assert sum(rewards[:3]) / 3 < 0.25
     assert sum(rewards[-3:]) / 3 > 0.45
+
+
+def test_groups_that_dynamic_sampling_drops_are_replaced_from_the_buffer(tmp_path):
+    draws: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            rollouts = pl_module.last_rollouts
+            assert not (rollouts.row["stop_reason"] == StopReason.ABORTED).any()
+            assert (rollouts.group_mean(rollouts.rewards) % 1 > 0).all(), "groups without contrast are dropped"
+            draws.extend(rollouts.prompts.draw.tolist())
+
+    module = partial_module(make_policy(tmp_path / "policy"), max_rollouts=3, group_size=8)
+    train(tmp_path, module, [DynamicSampling(), Watch()])
+    assert len(draws) == len(set(draws)) == 3 * 4, "no group trains twice and none is missing"
 
 
 def test_trusting_the_sampler_for_old_logprobs_contradicts_recomputing(tmp_path):
