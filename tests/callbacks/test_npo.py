@@ -13,7 +13,7 @@ from callback_batches import NAN, Module, add_demonstrations, batch, grpo_advant
 from npo_runs import Diary, Numbers, guided_module, guides, hopeless_module, same_tokens
 
 from lit_rl.callbacks import RECAP, DynamicSampling, NPOSchedule, Objective, PredictiveDynamicSampling, RewardAlarm
-from lit_rl.callbacks.npo_guide import GuideCache, eligible_groups, replace_slots, sample_in_parts
+from lit_rl.callbacks.npo_guide import GuideCache, eligible_groups, replace_slots, sample_guide, sample_in_parts
 from lit_rl.rollouts import Origin, Rollouts, StopReason
 from lit_rl.testing import assert_same_weights, check_neutral, check_resume, final_state, make_policy, train
 
@@ -113,10 +113,24 @@ def test_old_logprobs_of_the_slot_follow_the_mode() -> None:
 
 
 def test_a_group_gets_one_guide_and_demonstrations_none() -> None:
-    rollouts = add_demonstrations(batch([[5, 5, 5]], [[0.0, 0.0, 0.0]]), [4, 6])
+    rollouts = add_demonstrations(batch([[5, 5, 5]], [[0.0, 0.0, 0.0]]), [4, 6], verdict=0.0)
     guide = cache({0: 4, 1: 4, 2: 4})
     assert eligible_groups(rollouts, guide, 0.9).tolist() == [True, False, False]
     assert not eligible_groups(inject(rollouts, guide), guide, 0.9).any()
+
+
+def test_the_guide_gives_its_first_correct_completion_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [
+        batch([[2, 3, 4], [5, 6, 7]], [[0.0, 1.0, 1.0], [0.0, 0.0, NAN]], draws=[7, 8]),
+        batch([[9, 1, 2], [3, 3, 3]], [[1.0, 0.0, 0.0], [NAN] * 3], draws=[9, 4]),
+    ]
+    monkeypatch.setattr("lit_rl.callbacks.npo_guide.sample_in_parts", lambda *args: iter(parts))
+    guide, accuracy = sample_guide(Module(policy_version=5), [7, 8, 9, 4], 3)
+    assert {draw: guide.length(draw) for draw in guide.index} == {7: 3, 9: 9}
+    assert guide.version == 5
+    assert accuracy[7] == pytest.approx(2 / 3)
+    assert (accuracy[8], accuracy[9]) == pytest.approx((0, 1 / 3))
+    assert math.isnan(accuracy[4])
 
 
 def test_caches_are_joined_selected_and_restored() -> None:
