@@ -276,7 +276,7 @@ def prompt_budgets(request: RolloutRequest) -> Tensor:
     limit = torch.full((len(request.prompts),), request.sampling.max_tokens)
     if request.budgets is None:
         return limit
-    return limit.index_reduce(0, request.group, request.budgets.to(limit), "amax", include_self=False)
+    return limit.scatter_reduce(0, request.group, request.budgets.to(limit), "amax", include_self=False)
 
 
 class _Numbers:
