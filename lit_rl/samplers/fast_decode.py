@@ -20,6 +20,7 @@ from lit_rl.samplers.decoder import ModelDecoder, autocast_dtype
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _FUSE_BELOW = 64_000_000  # parameters; a larger model gains little from fused weights and would pay memory for the copy
+_FEW_ROWS, _LARGE_WEIGHT = 8, 2**18  # where `few_rows_linear` turns the product round
 
 
 def has_fast_step(model: Any) -> bool:
@@ -48,7 +49,7 @@ class FastDecoder(ModelDecoder):
             return logits
         fuse = sum(p.numel() for p in core.parameters()) < _FUSE_BELOW
         self.layers = [_Layer(x, fuse) for x in core.layers]
-        self.norm = _norm(core.norm)
+        self.norm, self.head = _norm(core.norm), _linear(self.model.get_output_embeddings())
         positions = torch.arange(self.column + limit, device=self.device)[None]
         cos, sin = core.rotary_emb(core.embed_tokens.weight[:1], positions)
         half = sin.shape[-1] // 2
@@ -64,7 +65,7 @@ class FastDecoder(ModelDecoder):
         mask = self.mask[..., : self.column + 1] if self.padded else None
         for layer, cache, window in zip(self.layers, self.cache.layers, self.layer_windows):
             hidden = layer(hidden, cos, sin, cache, mask, window)
-        return self.model.get_output_embeddings()(self.norm(hidden))
+        return self.head(self.norm(hidden))
 
 
 class _Layer:
@@ -140,7 +141,8 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
 def _projection(modules: list[Any], fuse: bool) -> Callable[[Tensor], Tensor]:
     """The outputs of several linear modules side by side."""
     if not fuse or not all(_plain(m) for m in modules):
-        return lambda x: torch.cat([m(x) for m in modules], -1)
+        parts = [_linear(m) for m in modules]
+        return lambda x: torch.cat([part(x) for part in parts], -1)
     weight = torch.cat([m.weight for m in modules])
     bias = None
     if any(m.bias is not None for m in modules):
@@ -152,8 +154,34 @@ def _projection(modules: list[Any], fuse: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _residual(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """``hidden + module(x)``, in one operation where the module is plain."""
+    """``hidden + module(x)``, in one operation where the module is plain and small."""
     if _plain(module) and module.bias is None and autocast_dtype(module.weight.device) is None:
-        transposed = module.weight.t()
-        return lambda hidden, x: torch.addmm(hidden, x, transposed)
+        if not _large(module.weight):
+            transposed = module.weight.t()
+            return lambda hidden, x: torch.addmm(hidden, x, transposed)
+        module = _linear(module)
     return lambda hidden, x: hidden + module(x)
+
+
+def _linear(module: Any) -> Callable[[Tensor], Tensor]:
+    """The module, or the same product in the order that suits a few rows."""
+    if not _plain(module) or not _large(module.weight) or autocast_dtype(module.weight.device) is not None:
+        return module
+    return partial(few_rows_linear, weight=module.weight, bias=module.bias)
+
+
+def _large(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _LARGE_WEIGHT
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` with the weight as the left factor if x ``[n, in]`` has from 2 to 8 rows.
+
+    A large float32 matrix times a few rows is limited by reading the matrix, and CPU kernels read it up to four times
+    faster if its rows, not those of ``x``, are the rows of the product (measured with MKL: 11 against 42 GB/s for 4
+    rows, 12 against 18 for 8).
+    """
+    if not 1 < len(x) <= _FEW_ROWS:
+        return F.linear(x, weight, bias)
+    product = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())  # [out, n]
+    return product.t().contiguous()
