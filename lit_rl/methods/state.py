@@ -145,6 +145,10 @@ class RunState:
             "logprobs.sampler": f"{type(self.sampler).__name__} does not sample, so there are none",
             "correct": "mark one reward as the verifier (verifier: true)",
         }
+        taught = [s for s in wanted if s == "logprobs.teacher" or s.startswith("divergence.")]
+        hints |= dict.fromkeys(
+            taught, f"{type(self).__name__} has no teacher, use a method that has one (docs/methods)"
+        )
         for signal, by in wanted.items():
             if signal not in present and signal not in self.providers:
                 hint = hints.get(signal, f"register a provider in module.providers[{signal!r}]")
