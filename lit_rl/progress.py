@@ -25,6 +25,11 @@ class RolloutProgressBar(TQDMProgressBar):
         module: Any = self.trainer.lightning_module
         return getattr(module, "max_rollouts", super().total_train_batches)
 
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """The run is one endless epoch to Lightning, which nobody needs to know."""
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("step")
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         shown: dict[str, Any] = {}

@@ -144,6 +144,7 @@ def test_the_progress_bar_shows_reward_accuracy_length_and_speed(run: Run):
     assert run.bar.shown[-1].keys() == {"reward", "pass@1", "length", "tokens/s"}
     assert float(run.bar.shown[-1]["reward"]) == pytest.approx(run.events.Scalars("reward/mean")[-1].value, abs=1e-2)
     assert run.bar.total_train_batches == 5
+    assert run.bar.train_progress_bar.desc.startswith("step")
 
 
 def test_files_are_readable_lines_with_tensors_beside_them(run: Run):

@@ -117,10 +117,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {f"{A}.rewards": [{"class_path": "lit_rl.rewards.MathReward", "init_args": {"answer_column": "gold"}}]},
         "lit-rl fit: Reward 'math' reads the column 'gold', but the data has only ['a', 'answer', 'b'].",
     ),
-    "missing provider": (
-        {"trainer.callbacks": [{"class_path": "lit_rl.callbacks.RewardAlarm"}], f"{A}.group_size": 1},
-        "group_size=1 leaves nothing",
-    ),
 }
 
 
