@@ -22,6 +22,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rl import distributed as ranks
 from lit_rl.seeding import mix_seeds
@@ -408,6 +409,7 @@ class PromptDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Build the data, and check that the stage has what it needs."""
+        stage = TrainerFn(stage).value  # Lightning passes an enumeration, whose text would be TrainerFn.PREDICTING
         self.build(stage)
         names = [s.name for s in self.eval_sets]
         if len(set(names)) < len(names):
