@@ -22,22 +22,24 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_rl
-from benchmarks.peer.spec import Clock, Outcome, Spec, from_arguments, never_end, spread_reward
+from benchmarks.peer.spec import Clock, Outcome, Spec, from_arguments, spread_reward
 from lit_rl import GRPO, Policy, RLModule, Sampling
 from lit_rl.data import EvalSet, ListStream, PromptDataModule
 from lit_rl.rewards import ExactMatchReward, FunctionReward, Reward, RewardInput
+from lit_rl.samplers import HFSampler
+from lit_rl.samplers.stopping import Stopping
 from lit_rl.schedules import WarmupLinear
 
 STAGES = ("rollout", "reward", "recall", "update", "sync")
 
 
-class EndlessPolicy(Policy):
-    """A policy that never ends a completion by itself."""
+class EndlessSampler(HFSampler):
+    """Goes on after the end-of-sequence token, so that every completion uses its whole budget."""
 
-    def load(self) -> tuple[Any, Any]:
-        model, tokenizer = super().load()
-        never_end(model, tokenizer.eos_token_id)
-        return model, tokenizer
+    def _stopping_for(self, sampling: Sampling) -> Stopping:
+        stopping = super()._stopping_for(sampling)
+        stopping.ends, stopping.is_end = torch.zeros_like(stopping.ends), torch.zeros_like(stopping.is_end)
+        return stopping
 
 
 class Problems(PromptDataModule):
@@ -113,15 +115,15 @@ def reward_of(spec: Spec) -> Reward:
 
 def module_of(spec: Spec) -> RLModule:
     """The method with the spec's settings, everything else as it is by default."""
-    kind = EndlessPolicy if spec.forced_length else Policy
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[spec.precision]
     fused = spec.device == "cuda" or spec.precision == "fp32"
     optimizer = functools.partial(
         torch.optim.AdamW, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
     )
     return GRPO(
-        kind(spec.policy, dtype=dtype),
+        Policy(spec.policy, dtype=dtype),  # type: ignore[arg-type]
         rewards=[reward_of(spec)],
+        sampler=EndlessSampler() if spec.forced_length else HFSampler(),
         sampling=Sampling(max_tokens=spec.max_tokens),
         optimizer=optimizer,
         scheduler=functools.partial(WarmupLinear, warmup=spec.warmup),

@@ -26,7 +26,8 @@ class Spec:
         prompts_per_step: prompts of a step.
         group_size: completions of a prompt.
         max_tokens: budget of a completion.
-        forced_length: no completion ends before its budget.
+        forced_length: no completion ends before its budget: lit-rl ignores the end-of-sequence token, TRL suppresses
+            it.
         reward: ``"exact"``: the text after the last ``#`` is the answer; ``"spread"``: a number that differs from
             completion to completion, so that no group is without signal.
         learning_rate: of AdamW with betas 0.9 and 0.95, constant after ``warmup`` steps.
@@ -107,17 +108,6 @@ def peak_gib() -> float:
         if entry.startswith("VmHWM"):
             return int(entry.split()[1]) / 2**20
     return float("nan")
-
-
-def never_end(model: Any, end: int) -> None:
-    """Push the logit of the end-of-sequence token out of reach, so that every completion uses its whole budget."""
-
-    def hook(module: torch.nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        column = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-        column[end] = -1e4
-        return logits + column
-
-    model.get_output_embeddings().register_forward_hook(hook)
 
 
 def exact(text: str, answer: str) -> float:

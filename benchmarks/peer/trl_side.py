@@ -27,7 +27,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.peer.spec import Clock, Outcome, Spec, exact, from_arguments, never_end, spread_reward
+from benchmarks.peer.spec import Clock, Outcome, Spec, exact, from_arguments, spread_reward
 
 
 class MeasuredTrainer(GRPOTrainer):
@@ -116,7 +116,7 @@ def reward_of(spec: Spec, tokenizer: Any) -> Any:
     return exact_reward if spec.reward == "exact" else spread
 
 
-def config_of(spec: Spec, folder: str) -> GRPOConfig:
+def config_of(spec: Spec, folder: str, end: int) -> GRPOConfig:
     """TRL's arguments for the spec."""
     rows = spec.prompts_per_step * spec.group_size
     batch = min(spec.batch, rows)
@@ -127,6 +127,7 @@ def config_of(spec: Spec, folder: str) -> GRPOConfig:
         gradient_accumulation_steps=rows // batch,
         num_generations=spec.group_size,
         max_completion_length=spec.max_tokens,
+        generation_kwargs={"suppress_tokens": [end]} if spec.forced_length else None,
         temperature=1.0,
         beta=0.0,
         epsilon=0.2,
@@ -161,14 +162,12 @@ def run(spec: Spec) -> Outcome:
     model = AutoModelForCausalLM.from_pretrained(
         spec.policy, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision]
     )
-    if spec.forced_length:
-        never_end(model, tokenizer.eos_token_id)
     stopwatch = Stopwatch(spec, outcome, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = MeasuredTrainer(
             model=model,
             reward_funcs=[reward_of(spec, tokenizer)],
-            args=config_of(spec, folder),
+            args=config_of(spec, folder, tokenizer.eos_token_id),
             train_dataset=Dataset.from_list([dict(r) for r in spec.records(spec.prompts)]),
             processing_class=tokenizer,
             callbacks=[stopwatch],

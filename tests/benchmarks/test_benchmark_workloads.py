@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.peer.spec import exact, never_end, spread_reward
+from benchmarks.peer.spec import exact, spread_reward
 from benchmarks.workloads import matrix_flops, padded_tokenizer
 from lit_rl.rewards import ExactMatchReward
 from lit_rl.testing import make_policy
@@ -25,16 +25,22 @@ def test_flops_are_those_of_the_matrices_of_a_real_model(tmp_path):
     assert pair == config["num_hidden_layers"] * 2 * 2 * config["hidden_size"]
 
 
-def test_never_end_makes_the_end_impossible_and_leaves_other_odds_alone(tmp_path):
-    from transformers import AutoModelForCausalLM
+def test_forced_length_uses_the_whole_budget_of_every_completion(tmp_path):
+    from benchmarks.peer.ours import EndlessSampler
+    from lit_rl import HFSampler, Policy, Sampling
+    from lit_rl.prompts import PromptEncoder
+    from lit_rl.samplers import RolloutRequest
 
-    model = AutoModelForCausalLM.from_pretrained(make_policy(tmp_path / "policy"))
-    ids = torch.arange(6)[None]
-    before = model(ids).logits.detach()
-    never_end(model, 1)
-    after = model(ids).logits.detach()
-    assert after.softmax(-1)[..., 1].max() == 0
-    torch.testing.assert_close(after[..., 2:], before[..., 2:])
+    model, tokenizer = Policy(str(make_policy(tmp_path / "policy"))).load()
+    prompts = PromptEncoder(tokenizer).encode([{"prompt": "1+2=", "source": "toy", "uid": 0}], [0])
+    lengths = []
+    for sampler in (HFSampler(), EndlessSampler()):
+        sampler.setup(model, tokenizer)
+        sampler.sync(model, 0)
+        rollouts = sampler.sample(RolloutRequest.for_groups(prompts, 32, Sampling(max_tokens=40), seed=0))
+        lengths.append(rollouts.lengths.tolist())
+    assert min(lengths[0]) < 40  # the policy does end completions by itself
+    assert lengths[1] == [40] * 32
 
 
 @pytest.mark.parametrize(("text", "answer"), [("1#12", "12"), ("1#2#12", "12"), ("12", "12"), ("#13", "12"), ("", "")])
