@@ -13,6 +13,7 @@ from callback_batches import NAN, Module, add_demonstrations, batch
 from npo_runs import Diary, Numbers, guided_module, guides, hopeless_module, same_tokens
 
 from lit_rl.callbacks import RECAP, AutoNPO, Bound, DivergenceGuard, DynamicSampling, Objective
+from lit_rl.callbacks.npo_guide import GuideCache
 from lit_rl.callbacks.npo_trigger import Stagnation, choose_distance
 from lit_rl.rewind import StateRing, weights_of
 from lit_rl.testing import check_neutral, check_resume, final_state, make_policy, train
@@ -74,6 +75,9 @@ def test_only_a_flat_reward_with_falling_entropy_triggers() -> None:
     assert steps_until_fired(rising, flat) is None
     assert steps_until_fired(falling, falling) == 5  # a falling reward stagnates too
     assert steps_until_fired(flat, rising) is None
+    assert (
+        steps_until_fired(flat, lambda step: 2 * 0.999**step) is None
+    )  # it falls, but by less than 5 % over the window
 
 
 def test_the_averages_are_those_of_a_loop() -> None:
@@ -203,6 +207,86 @@ def test_the_pool_holds_failing_prompts_as_they_were_before_slots_were_replaced(
     npo.ring.forget_after = lambda step: None  # type: ignore[method-assign]
     npo.on_rewind(None, module, 6)
     assert list(npo.pool) == [(5, 21), (5, 24)]
+
+
+class Decision(AutoNPO):
+    """Decides at rollout step 40 without a policy: what it samples and how far it goes back is recorded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, verdicts: list[float], **options: Any) -> None:
+        super().__init__(**{"distances": (10, 20, 30), **options})
+        self.ring.files = {10: "a", 20: "b", 30: "c"}
+        self.pool.extend([(9, 1), (10, 2), (19, 3), (20, 4), (29, 5), (30, 6), (39, 7)])
+        self.asked: list[int] = []
+        self.went: list[tuple[int, list[int]]] = []
+        probe = batch([[3] * len(verdicts)], [verdicts])
+        rate = {2: 0.0, 3: 0.5, 4: 0.5, 5: 1.0, 6: 1.0, 7: 0.0}  # Q of 10: 0.5, of 20: 0.625, of 30: 0.5
+
+        def guide(module: Any, draws: list[int], samples: int) -> Any:
+            self.asked = list(draws)
+            solved = [draw for draw in draws if rate[draw]]
+            rollouts = batch([[2]] * len(solved), [[1.0]] * len(solved), draws=solved)
+            return GuideCache.of(rollouts, range(len(solved)), 1), {draw: rate[draw] for draw in draws}
+
+        monkeypatch.setattr("lit_rl.callbacks.autonpo.sample_in_parts", lambda *args: iter([probe]))
+        monkeypatch.setattr("lit_rl.callbacks.autonpo.sample_guide", guide)
+
+    def variance(self, module: Any, probe: Any, step: int) -> float:
+        return {30: 1.0, 20: 1.1, 10: 2.0}[step]
+
+    def replay(self, module: Any, cache: GuideCache, step: int) -> None:
+        self.went.append((step, sorted(cache.index)))
+
+
+def test_the_guide_tries_the_failures_of_the_longest_segment_and_helps_with_those_of_the_chosen_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    npo, module = Decision(monkeypatch, [1.0, 0.0]), Module(rollout_step=40)
+    npo.consider(module)
+    assert npo.asked == [2, 3, 4, 5, 6, 7]  # since step 10, that one included
+    assert npo.went == [(20, [4, 5, 6])]
+    assert npo.interventions == 1
+    assert module.logged["npo/delta_star"] == 20
+    assert {d: module.logged[f"npo/q_hat_{d}"] for d in (10, 20, 30)} == {10: 0.5, 20: 0.625, 30: 0.5}
+    assert module.logged["npo/s_hat"] == pytest.approx(0.625 / 1.1)
+
+
+@pytest.mark.parametrize(("verdicts", "goes"), [([1, 0, 0], True), ([1, 0, 0, 0], False), ([1, NAN, NAN, 0], True)])
+def test_the_probe_confirms_from_its_pass_rate_on(monkeypatch: pytest.MonkeyPatch, verdicts: Any, goes: bool) -> None:
+    npo, module = Decision(monkeypatch, [float(v) for v in verdicts], probe_pass_rate=0.3), Module(rollout_step=40)
+    npo.consider(module)
+    assert bool(npo.went) == goes
+
+
+@pytest.mark.parametrize("verdicts", [[0.0, 0.0], [NAN, NAN]])
+def test_a_probe_without_a_right_answer_never_confirms(monkeypatch: pytest.MonkeyPatch, verdicts: list[float]) -> None:
+    npo, module = Decision(monkeypatch, verdicts, probe_pass_rate=0.0), Module(rollout_step=40)
+    npo.consider(module)
+    assert module.logged == {"npo/probe_pass_rate": 0}
+    assert not npo.went
+
+
+def test_without_a_state_at_a_candidate_distance_nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    npo, module = Decision(monkeypatch, [1.0]), Module(rollout_step=41)
+    npo.consider(module)
+    assert not module.logged
+    npo.pool.clear()
+    module.rollout_step = 40
+    npo.consider(module)
+    assert not module.logged
+
+
+def test_at_the_end_of_a_replay_the_trigger_starts_from_nothing() -> None:
+    npo, module = eager(max_interventions=2), Module(rollout_step=4, interrupted=False)
+    npo.ring.files = {4: "here"}
+    npo.cache, npo.replay_until = GuideCache(torch.zeros(0), torch.zeros(0), {}, 0), 5
+    npo.trigger.update(0.1, 0.2)
+    npo.on_train_batch_end(None, module, None, None, 0)
+    assert npo.cache is not None
+    assert npo.trigger.rewards
+    module.rollout_step = 5
+    npo.on_train_batch_end(None, module, None, None, 0)
+    assert npo.cache is None
+    assert not npo.trigger.rewards
 
 
 def test_the_pass_rate_on_the_pool_leaves_out_what_could_not_be_scored() -> None:
