@@ -77,8 +77,8 @@ class PromptEncoder:
         if len(records) != len(draws):
             raise ValueError(f"encode needs one draw for each record, got {len(records)} and {len(draws)}.")
         kept: list[tuple[Record, int, str, list[int]]] = []
-        for record, draw in zip(records, draws):
-            encoded = self.within_budget(record, *self.tokenize(record))
+        for record, draw, (text, ids) in zip(records, draws, self.tokenize(records)):
+            encoded = self.within_budget(record, text, ids)
             if encoded is not None:
                 kept.append((record, draw, *encoded))
         names = dict.fromkeys(k for record, *_ in kept for k in record if k not in RESERVED)
@@ -91,23 +91,31 @@ class PromptEncoder:
             columns={name: [record.get(name) for record, *_ in kept] for name in names},
         )
 
-    def tokenize(self, record: Record) -> tuple[str, list[int]]:
-        """Text as the policy sees it, and its token ids."""
+    def tokenize(self, records: Sequence[Record]) -> list[tuple[str, list[int]]]:
+        """Text of each prompt as the policy sees it, and its token ids."""
+        rendered = [self.render(record) for record in records]
+        texts = [text for text, _ in rendered]
+        # One call for all texts of a kind: a call costs as much as a hundred short prompts.
+        documents = iter(self.as_documents([text for text, chat in rendered if not chat]))
+        chats = iter(self.ids_of([text for text, chat in rendered if chat], add_special_tokens=False))
+        return list(zip(texts, [next(chats) if chat else next(documents) for _, chat in rendered]))
+
+    def render(self, record: Record) -> tuple[str, bool]:
+        """Text of one prompt as the policy sees it, and whether a chat template wrote it."""
         prompt = record["prompt"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not any(m["content"] for m in messages):
             raise ValueError(f"The prompt of {label(record)} is empty: filter it out of the data.")
         if self.template == "chat" or (self.template == "auto" and not isinstance(prompt, str)):
-            return self.tokenize_chat(record, messages)
+            return self.render_chat(record, messages), True
         if self.system_prompt is not None:
             raise ValueError(
                 f"The prompt of {label(record)} is plain text, which cannot take the system_prompt: set "
                 "template='chat' to make it a user message, or leave system_prompt out."
             )
-        text = "\n\n".join(m["content"] for m in messages)
-        return text, self.as_document(text)
+        return "\n\n".join(m["content"] for m in messages), False
 
-    def tokenize_chat(self, record: Record, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
+    def render_chat(self, record: Record, messages: list[dict[str, Any]]) -> str:
         """Messages through the chat template, which alone decides about special tokens."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"The prompt of {label(record)} is a list of messages, {NO_TEMPLATE}")
@@ -118,20 +126,26 @@ class PromptEncoder:
             )
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        text = self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
         )
-        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text
 
-    def as_document(self, text: str) -> list[int]:
-        """Plain text with the tokenizer's own special tokens: begin of sequence at most once, end of sequence never."""
-        ids = list(self.tokenizer(text)["input_ids"])
+    def ids_of(self, texts: list[str], **options: Any) -> list[list[int]]:
+        """Token ids of each text."""
+        return [list(ids) for ids in self.tokenizer(texts, **options)["input_ids"]] if texts else []
+
+    def as_documents(self, texts: list[str]) -> list[list[int]]:
+        """Plain texts with the tokenizer's own special tokens: at most one begin of sequence, no end of sequence."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:  # the text was rendered with its own
-            ids = ids[1:]
-        if eos is not None and ids[-1:] == [eos] and not text.endswith(self.tokenizer.eos_token):
-            ids = ids[:-1]
-        return ids
+        documents = []
+        for text, ids in zip(texts, self.ids_of(texts)):
+            if bos is not None and ids[:2] == [bos, bos]:  # the text was rendered with its own
+                ids = ids[1:]
+            if eos is not None and ids[-1:] == [eos] and not text.endswith(self.tokenizer.eos_token):
+                ids = ids[:-1]
+            documents.append(ids)
+        return documents
 
     def within_budget(self, record: Record, text: str, ids: list[int]) -> tuple[str, list[int]] | None:
         """Apply ``overlong``; None for a dropped prompt."""

@@ -172,7 +172,7 @@ class Reporting:
     def write_numbers(self: RLModule, numbers: Mapping[str, float]) -> None:
         """Hand numbers to the loggers, all at once, at the clock of the step that was last."""
         for logger in self.loggers:
-            logger.log_metrics(dict(numbers), step=max(0, self.clock - 1))
+            write_scalars(logger, dict(numbers), step=max(0, self.clock - 1))
             logger.save()
 
     def end_reporting(self: RLModule) -> None:
@@ -202,6 +202,28 @@ class Reporting:
         if self.skipped_updates:
             numbers["policy/skipped_updates"] = float(self.skipped_updates)
         return numbers
+
+
+def tensorboard_file(logger: Any) -> Any:
+    """The file that a TensorBoard logger writes on this rank, or None."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    experiment = getattr(logger, "experiment", None)  # a stand-in that ignores everything on other ranks than 0
+    return experiment.file_writer if isinstance(experiment, SummaryWriter) else None
+
+
+def write_scalars(logger: Any, numbers: dict[str, float], step: int) -> None:
+    """Log numbers; TensorBoard gets all of a step as one event, because its writer takes as long for one as for all."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    plain = isinstance(logger, TensorBoardLogger) and type(logger).log_metrics is TensorBoardLogger.log_metrics
+    file = tensorboard_file(logger) if plain and not logger._prefix else None
+    if file is None:
+        logger.log_metrics(numbers, step=step)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    file.add_summary(Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]), step)
 
 
 def peak_memory_gib(device: torch.device) -> float:

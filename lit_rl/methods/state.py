@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed as ranks
 from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals
+from lit_rl.methods.reporting import tensorboard_file
 
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule
@@ -206,11 +207,8 @@ class RunState:
             return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        for logger in self.loggers:
-            writer = getattr(logger, "experiment", None)
-            file_writer = getattr(writer, "file_writer", None)
-            if file_writer is not None:
-                file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=self.clock))
+        for file in filter(None, map(tensorboard_file, self.loggers)):
+            file.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=self.clock))
 
     def begin_step(self: RLModule) -> None:
         """Between two steps (called by the datamodule): let whoever saves the run do so."""

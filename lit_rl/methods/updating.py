@@ -95,7 +95,7 @@ class UpdateStage:
     ) -> None:
         """Backward over all micro-batches; the ranks may hold different numbers of them."""
         world = ranks.world_size()
-        active = mini.select(rows)
+        active = mini if len(rows) == len(mini) else mini.select(rows)
         parts = self.micro_batch_rows(active)
         if not parts:  # every rank takes part in the one synchronised backward pass
             self.manual_backward(_zero_anchor(self.model))

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_rl.data import GeneratedStream
 from lit_rl.hooks import RolloutCallback
 from lit_rl.methods import RLModule
+from lit_rl.methods.reporting import tensorboard_file, write_scalars
 from lit_rl.methods.terms import LossTerm
 from lit_rl.objectives import KLCov
 from lit_rl.policies import FrozenCopy
@@ -95,6 +96,31 @@ def test_log_every_n_steps_of_the_trainer_is_obeyed(policy, tmp_path):
     module = make_module(policy, max_rollouts=5)
     train(tmp_path, module, logger=TensorBoardLogger(str(tmp_path), name="", version=""), log_every_n_steps=2)
     assert [step for step, _ in scalars(tmp_path)["reward/mean"]] == [1, 3, 4]  # and the last one
+
+
+@pytest.mark.parametrize("prefix", ["", "mine"])
+def test_a_logger_with_a_prefix_or_a_mind_of_its_own_is_handed_the_numbers_as_lightning_does(prefix, tmp_path):
+    class Own(TensorBoardLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            super().log_metrics({k: 2 * v for k, v in metrics.items()}, step)
+
+    for kind, factor in ((TensorBoardLogger, 1), (Own, 2)):
+        folder = tmp_path / kind.__name__
+        logger = kind(str(folder), name="", version="", prefix=prefix)
+        write_scalars(logger, {"a": 1.5, "b": 2.0}, step=3)
+        logger.save()
+        start = f"{prefix}-" if prefix else ""
+        assert scalars(folder) == {f"{start}a": [(3, 1.5 * factor)], f"{start}b": [(3, 2.0 * factor)]}
+
+
+def test_ranks_that_do_not_write_have_no_file(monkeypatch, tmp_path):
+    from lightning.pytorch.utilities import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    assert tensorboard_file(logger) is None  # the stand-in answers every attribute
+    write_scalars(logger, {"a": 1.0}, step=0)
+    assert not list(tmp_path.rglob("events*"))
 
 
 def test_the_learning_rate_that_is_logged_is_the_one_that_was_used(policy, tmp_path):
