@@ -90,6 +90,7 @@ def train(spec: Spec) -> list[dict[str, float]]:
             meter.wrap(pl_module, "manual_backward", "backward")
             meter.wrap(pl_module, "clip_gradient", "optimizer")
             meter.wrap(trainer.optimizers[0], "step", "optimizer")
+            meter.wrap(trainer.optimizers[0], "zero_grad", "optimizer")
 
         def close(self) -> None:
             had = len(self.outcome.steps)

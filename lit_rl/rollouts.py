@@ -215,9 +215,10 @@ class Batch:
         """A new batch of the given rows (bool ``[N]`` or int ``[n]``), with only the prompts that they refer to."""
         index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         kept, group = torch.unique(self.group[index], return_inverse=True)
-        row = {k: v[index] for k, v in self.row.items()}
+        # On a CPU, `index_select` takes a third of the time of `v[index]`, which wakes up all threads.
+        row = {k: v.index_select(0, index) for k, v in self.row.items()}
         row["group"] = group
-        token = {k: v[index] for k, v in self.token.items()}
+        token = {k: v.index_select(0, index) for k, v in self.token.items()}
         return replace(self, prompts=self.prompts.select(kept.tolist()), row=row, token=token, edits=list(self.edits))
 
     def select_groups(self: BatchT, keep: Tensor) -> BatchT:

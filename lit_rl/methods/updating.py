@@ -42,7 +42,6 @@ class UpdateStage:
         """Train on a batch: ``epochs_per_rollout`` × ``updates_per_rollout`` optimizer steps on every rank."""
         steps = self.updates_per_step
         with self.ledger.timed("update"):
-            self.model.train()
             plain: Any = self.optimizers(use_pl_optimizer=False)
             self.ledger.largest("policy/lr", torch.tensor(plain.param_groups[0]["lr"]))
             for step in range(steps):
