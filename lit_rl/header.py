@@ -148,46 +148,47 @@ def _callbacks(callbacks: Iterable[Any]) -> list[str]:
 
 
 def _memory(module: RLModule, world_size: int) -> list[str]:
-    from lit_rl.policies import FrozenCopy
-
     try:
-        plan = plan_of(module, world_size)
+        return str(plan_of(module, world_size)).splitlines()
     except Exception as error:  # the plan needs a model type that Transformers can build without its weights
         return [f"no plan: {type(error).__name__}: {error}".splitlines()[0]]
-    lines = str(plan).splitlines()
-    copies = [name for name, frozen in module.frozen_policies().items() if isinstance(frozen, FrozenCopy)]
-    return lines + [f"{name:<14}{'':>11}  the size of the weights once more" for name in copies]
 
 
 def plan_of(module: RLModule, world_size: int = 1) -> Any:
-    """The `lit_rl.policies.MemoryPlan` of one rank, from the configuration alone.
+    """The `lit_rl.policies.MemoryPlan` of one rank, references and teachers included, from configurations alone.
 
     Raises:
-        ValueError: Transformers cannot build this model type from its configuration.
+        ValueError: Transformers cannot build a model type from its configuration.
     """
     from lit_rl.policies import memory_plan
-    from lit_rl.policies.plan import Optimizer
+    from lit_rl.policies.plan import Optimizer, planned_dtype
 
     policy, config = module.policy, module.policy.config()
     rows = module.prompts_per_step * module.group_size // world_size
     rows = min(rows, getattr(module.sampler, "max_rows", rows))
     budget, longest = module.sampling.max_tokens, getattr(config.get_text_config(), "max_position_embeddings", 0)
     optimizer = type(example_optimizer(module)[0]).__name__.lower()
-    dtype: Any = getattr(torch, policy.dtype) if policy.dtype != "auto" else getattr(config, "dtype", None)
     kind: Any = optimizer if optimizer in get_args(Optimizer) else "adamw"
-    return memory_plan(
+    device = "cuda" if module.device.type == "cuda" else "cpu"
+    plan = memory_plan(
         config,
         rows=rows,
         prompt_tokens=module.max_prompt_tokens or max(longest - budget, 0),
         completion_tokens=budget,
         micro_batch_tokens=module.micro_batch_tokens,
-        dtype=dtype or torch.float32,
+        dtype=planned_dtype(policy, config),
         trainable=policy.lora or "full",
         optimizer=kind,
         quantization=policy.quantization,
         gradient_checkpointing=policy.gradient_checkpointing,
-        device="cuda" if module.device.type == "cuda" else "cpu",
+        device=device,
     )
+    counted: set[int] = set()
+    for name, frozen in module.frozen_policies().items():
+        if id(frozen) not in counted:  # one object may be the reference and a teacher
+            plan.add(name, frozen, device)
+            counted.add(id(frozen))
+    return plan
 
 
 # Objects as text -------------------------------------------------------------------------------------------------

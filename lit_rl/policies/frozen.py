@@ -13,13 +13,16 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_rl.policies.loading import DTypeName, Policy, Quantization
 from lit_rl.policies.scoring import evaluation_mode
+
+if TYPE_CHECKING:
+    from lit_rl.policies.plan import MemoryPlan
 
 
 class FrozenPolicy(ABC):
@@ -45,6 +48,15 @@ class FrozenPolicy(ABC):
 
     def refresh(self, model: nn.Module, step: int) -> None:  # noqa: B027
         """Called with the policy after each rollout step; ``step`` counts them so far. Most kinds ignore it."""
+
+    def planned_bytes(self, plan: MemoryPlan, device: str) -> int:
+        """Bytes that own weights will take on the device, told before anything is loaded.
+
+        Args:
+            plan: of the policy that is trained.
+            device: ``"cuda"`` or ``"cpu"``.
+        """
+        return 0
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -127,6 +139,9 @@ class FrozenCopy(FrozenPolicy):
     def model(self, live: nn.Module) -> Iterator[nn.Module]:
         with torch.no_grad():
             yield self._own_model()
+
+    def planned_bytes(self, plan: MemoryPlan, device: str) -> int:
+        return plan.gradients  # as large as the weights that are trained; the others are shared
 
     def identity(self) -> dict[str, Any]:
         if self._checksum is None:
@@ -236,6 +251,9 @@ class EMA(Snapshot):
         super().to(device)
         self.average = {name: tensor.to(device) for name, tensor in self.average.items()}
 
+    def planned_bytes(self, plan: MemoryPlan, device: str) -> int:
+        return super().planned_bytes(plan, device) + max(4 * plan.trainable, plan.gradients)  # the average is wide
+
     @torch.no_grad()
     def refresh(self, model: nn.Module, step: int) -> None:
         if self.updates == 0 and self.copy_first:
@@ -315,6 +333,11 @@ class Checkpoint(FrozenPolicy):
             self.to(next(live.parameters()).device)
         with torch.no_grad():
             yield self.loaded
+
+    def planned_bytes(self, plan: MemoryPlan, device: str) -> int:
+        from lit_rl.policies.plan import weight_bytes
+
+        return weight_bytes(self.policy)
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "checkpoint", "path": self.policy.path, "weights": self._checksum}

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lit_rl.policies.frozen import FrozenPolicy
 from lit_rl.policies.head import tile_bytes
-from lit_rl.policies.loading import LoRA, Quantization
+from lit_rl.policies.loading import LoRA, Policy, Quantization
 
 Optimizer = Literal["adamw", "adamw8bit", "muon", "sgd"]
 
@@ -32,6 +33,7 @@ class MemoryPlan:
         kv_cache: keys and values of all rows at full length, while sampling.
         head: logit tiles and the hidden states that enter them.
         activations: what autograd keeps of one micro-batch.
+        frozen: own weights of each reference and teacher, by name; there all the time.
     """
 
     parameters: int
@@ -42,16 +44,22 @@ class MemoryPlan:
     kv_cache: int
     head: int
     activations: int
+    frozen: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are there all the time."""
+        return self.weights + self.optimizer + sum(self.frozen.values())
 
     @property
     def rollout(self) -> int:
         """Bytes while sampling."""
-        return self.weights + self.optimizer + self.kv_cache
+        return self.resident + self.kv_cache
 
     @property
     def update(self) -> int:
         """Bytes in the backward pass of a micro-batch."""
-        return self.weights + self.gradients + self.optimizer + self.head + self.activations
+        return self.resident + self.gradients + self.head + self.activations
 
     @property
     def peak(self) -> int:
@@ -63,13 +71,18 @@ class MemoryPlan:
             ("weights", self.weights, f"{self.parameters:,} parameters"),
             ("gradients", self.gradients, f"{self.trainable:,} trainable"),
             ("optimizer", self.optimizer, ""),
+            *((name, size, "frozen" if size else "no weights of its own here") for name, size in self.frozen.items()),
             ("kv cache", self.kv_cache, "at most, while sampling"),
             ("head", self.head, ""),
             ("activations", self.activations, "estimate"),
-            ("peak, rollout", self.rollout, "weights + optimizer + kv cache"),
+            ("peak, rollout", self.rollout, "all but gradients, head and activations"),
             ("peak, update", self.update, "all but the kv cache"),
         ]
         return "\n".join(f"{name:<14}{_readable(size):>11}  {note}".rstrip() for name, size, note in rows)
+
+    def add(self, name: str, frozen: FrozenPolicy, device: str) -> None:
+        """Count a reference or teacher under its name."""
+        self.frozen[name] = frozen.planned_bytes(self, device)
 
 
 def memory_plan(
@@ -111,9 +124,7 @@ def memory_plan(
     total, linear, added = _count(config, trainable, item)
     trained = added or {item: total}
     gradients = sum(width * count for width, count in trained.items())
-    weights = total * item + sum(width * count for width, count in added.items())
-    if quantization != "none":
-        weights -= round(linear * (item - _QUANTISED_BYTES[quantization]))
+    weights = _weights(total, linear, item, quantization) + sum(width * count for width, count in added.items())
     state = 2 * sum(trained.values()) if optimizer == "adamw8bit" else _STATE_COPIES[optimizer] * gradients
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -130,6 +141,26 @@ def memory_plan(
         + micro_batch_tokens * text.hidden_size * (item + 4),  # a tile and its gradient; states and theirs
         activations=_activations(text, micro_batch_tokens, item, kv_heads * head_dim, gradient_checkpointing),
     )
+
+
+def weight_bytes(policy: Policy) -> int:
+    """Bytes of the weights of a policy as it would be loaded, from its configuration alone."""
+    config = policy.config()
+    item = planned_dtype(policy, config).itemsize
+    total, linear, _ = _count(config, "full", item)
+    return _weights(total, linear, item, policy.quantization)
+
+
+def planned_dtype(policy: Policy, config: Any) -> torch.dtype:
+    """The type that a policy's weights will have: its own setting, or the configuration's."""
+    named = getattr(torch, policy.dtype) if policy.dtype != "auto" else getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def _weights(total: int, linear: int, item: int, quantization: Quantization) -> int:
+    """Bytes of ``total`` weights, ``linear`` of them in layers that are quantised."""
+    saved = 0.0 if quantization == "none" else linear * (item - _QUANTISED_BYTES[quantization])
+    return total * item - round(saved)
 
 
 def _count(config: Any, trainable: LoRA | Literal["full"], item: int) -> tuple[int, int, dict[int, int]]:

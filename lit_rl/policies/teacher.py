@@ -21,6 +21,7 @@ from lit_rl.policies.frozen import Checkpoint, FrozenCopy, FrozenPolicy
 from lit_rl.policies.scoring import find_head
 
 if TYPE_CHECKING:
+    from lit_rl.policies.plan import MemoryPlan
     from lit_rl.prompts import PromptEncoder
     from lit_rl.rollouts import Prompts
 
@@ -198,6 +199,9 @@ class Teacher(FrozenPolicy):
 
     def refresh(self, model: nn.Module, step: int) -> None:
         self.policy.refresh(model, step)
+
+    def planned_bytes(self, plan: MemoryPlan, device: str) -> int:
+        return 0 if self.offload and device != "cpu" else self.policy.planned_bytes(plan, device)
 
     def identity(self) -> dict[str, Any]:
         return self.policy.identity()

@@ -76,7 +76,9 @@ def test_the_header_names_everything_that_decides_a_run(tmp_path: Path):
     names = [line.split(",")[0] for line in found["callbacks"]]
     assert names == ["1. RolloutLogger(every=3)", *names[1:-1], f"{len(names)}. RolloutCheckpoint"]
     assert found["memory"][0].startswith("weights")
-    assert "reference" in found["memory"][-1]
+    (reference,) = [line for line in found["memory"] if line.startswith("reference")]
+    weights = found["memory"][0]
+    assert reference.split()[1:3] == weights.split()[1:3]  # a copy of all that is trained
 
 
 def test_the_header_reads_the_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

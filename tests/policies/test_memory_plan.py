@@ -9,8 +9,21 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny
 
-from lit_rl.policies import LoRA, memory_plan
+from lit_rl.policies import (
+    EMA,
+    AdapterOff,
+    Checkpoint,
+    FrozenCopy,
+    FrozenPolicy,
+    Live,
+    LoRA,
+    Snapshot,
+    Teacher,
+    export,
+    memory_plan,
+)
 from lit_rl.policies.head import tile_bytes
+from lit_rl.tokenizers import build_character_tokenizer
 
 SIZES: dict[str, Any] = {"rows": 4, "prompt_tokens": 5, "completion_tokens": 7, "micro_batch_tokens": 100}
 
@@ -151,6 +164,51 @@ def test_the_peak_is_that_of_the_larger_phase() -> None:
     assert made.update == made.weights + made.gradients + made.optimizer + made.head + made.activations
     assert made.peak == max(made.rollout, made.update)
     assert plan(tiny("qwen2"), rows=10**6).peak == plan(tiny("qwen2"), rows=10**6).rollout
+
+
+def own_bytes(model: Any, frozen: FrozenPolicy) -> int:
+    """What a reference or teacher really keeps beside the policy."""
+    live = {p.data_ptr() for p in model.parameters()}
+    frozen.setup(model)
+    frozen.refresh(model, 1)
+    with frozen.model(model) as scoring:
+        tensors = [*scoring.parameters(), *getattr(frozen, "average", {}).values()]
+    return size(t for t in tensors if t.data_ptr() not in live)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, LoRA(r=3)])
+@pytest.mark.parametrize("kind", [Live, FrozenCopy, Snapshot, EMA, AdapterOff])
+def test_references_and_teachers_are_counted_exactly(kind: Any, lora: LoRA | None, dtype: torch.dtype) -> None:
+    if kind is AdapterOff and lora is None:
+        pytest.skip("there is no adapter to switch off")
+    model: Any = tiny("qwen2", dtype=dtype)
+    made = plan(model, trainable=lora or "full", dtype=dtype)
+    before = made.peak
+    made.add("teacher", kind(), "cpu")
+    model = model if lora is None else lora.apply(model.requires_grad_(False))
+    assert made.frozen["teacher"] == own_bytes(model, kind())
+    assert made.peak == before + made.frozen["teacher"]
+    assert (made.frozen["teacher"] > 0) == (kind in (FrozenCopy, Snapshot, EMA))
+
+
+def test_a_teacher_from_disk_is_counted_by_its_own_configuration(tmp_path: Any) -> None:
+    tokenizer = build_character_tokenizer()
+    model, teacher = tiny("qwen2"), tiny("llama", hidden_size=64, intermediate_size=128, vocab_size=len(tokenizer))
+    export(teacher, tokenizer, tmp_path / "teacher")
+    made = plan(model)
+    path = str(tmp_path / "teacher")
+    made.add("wide", Checkpoint(path, dtype="float32"), "cpu")
+    made.add("half", Checkpoint(path, dtype="bfloat16"), "cpu")
+    made.add("away", Teacher(Checkpoint(path, dtype="bfloat16"), offload=True), "cuda")
+    made.add("home", Teacher(Checkpoint(path, dtype="bfloat16"), offload=True), "cpu")
+    whole = size(teacher.parameters())
+    assert list(made.frozen.values()) == [whole, whole // 2, 0, whole // 2]
+    assert "no weights of its own here" in str(made)
+    small = Checkpoint(path, dtype="bfloat16")
+    small.policy.quantization = "nf4"  # after construction, which asks for bitsandbytes
+    made.add("small", small, "cuda")
+    assert whole // 8 < made.frozen["small"] < whole // 2
 
 
 def test_nothing_is_allocated() -> None:
