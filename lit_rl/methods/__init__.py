@@ -7,6 +7,7 @@ from lit_rl.methods.kdrl import KDRL
 from lit_rl.methods.module import RLModule
 from lit_rl.methods.opd import OPD
 from lit_rl.methods.opsd import OPSD
+from lit_rl.methods.reasoning import ReasonFirst
 from lit_rl.methods.rlad import RLAD
 from lit_rl.methods.rlsd import RLSD
 from lit_rl.methods.sft import SFT
@@ -24,6 +25,7 @@ __all__ = [
     "Current",
     "LossTerm",
     "RLModule",
+    "ReasonFirst",
     "Term",
     "TokenTerm",
 ]

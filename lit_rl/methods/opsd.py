@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rl.methods.opd import OPD
+from lit_rl.methods.reasoning import ANALYSES, ANALYSIS_TEMPLATE, ReasonFirst
 from lit_rl.methods.teaching import DivergenceTerm
 from lit_rl.methods.terms import Current, Signals, Term
 from lit_rl.objectives import Divergence
 from lit_rl.policies import AdapterOff, FrozenCopy, FrozenPolicy, Policy, PrivilegedPrompt, Teacher
-from lit_rl.rollouts import Rollouts
+from lit_rl.rollouts import Prompts, Rollouts
 
 
 def initial_policy(policy: Policy) -> FrozenPolicy:
@@ -35,12 +37,14 @@ class OPSD(OPD):
 
     Args:
         policy: the student.
-        prompt: what the teacher sees; default: prompt and reference solution (the column ``solution``).
+        prompt: what the teacher sees; default: prompt and reference solution (the column ``solution``). With
+            ``reason_first`` it is what the teacher answers with its analysis; default: `ANALYSIS_TEMPLATE`.
         teacher: whose weights it has. Default: the initial ones (`AdapterOff` with LoRA, else `FrozenCopy`). `EMA` and
             `Live` are the paper's other two; its average is updated after each optimizer step, ours after each rollout
             step, which is the same with one update a rollout.
         divergence: default forward KL with summands of at most 0.05.
         temperature: None is the sampling temperature.
+        reason_first: let the teacher write an analysis of the solution before it scores; None: it scores at once.
         style_tokens: texts whose tokens' divergence is logged apart (``opsd/style_divergence``), such as ``" wait"``.
         kwargs: arguments of `OPD`, ``loss="policy_gradient"`` for the sampled-token ablation among them.
     """
@@ -52,19 +56,48 @@ class OPSD(OPD):
         teacher: FrozenPolicy | None = None,
         divergence: Divergence | None = None,
         temperature: float | None = None,
+        reason_first: ReasonFirst | None = None,
         style_tokens: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         if isinstance(teacher, Teacher):
             raise ValueError("OPSD makes the Teacher itself: give its policy as `teacher` and its prompt as `prompt`.")
+        if prompt is None:
+            prompt = PrivilegedPrompt(ANALYSIS_TEMPLATE) if reason_first is not None else PrivilegedPrompt()
         super().__init__(
             policy,
-            teacher=Teacher(teacher or initial_policy(policy), prompt or PrivilegedPrompt()),
+            teacher=Teacher(teacher or initial_policy(policy), prompt),
             divergence=divergence or Divergence(beta=0.0, entry_clip=0.05),
             temperature=temperature,
             **kwargs,
         )
-        self.style_tokens = list(style_tokens)
+        self.reason_first, self.style_tokens = reason_first, list(style_tokens)
+
+    def recall(self, rollouts: Rollouts) -> Rollouts:
+        """Let the teacher write its analyses, if it is to, before anybody asks for its scores."""
+        if self.reason_first is not None:
+            (teacher,) = self.teachers
+            with self.ledger.timed("analysis"):
+                shown = super().shown_to(teacher, rollouts.prompts)
+                prompts = self.reason_first.write(self, teacher, rollouts.prompts, shown)
+            rollouts = replace(rollouts, prompts=prompts)
+        return super().recall(rollouts)
+
+    def shown_to(self, teacher: Teacher, prompts: Prompts) -> list[Tensor]:
+        shown = super().shown_to(teacher, prompts)
+        first = self.reason_first
+        if first is None:
+            return shown
+        return [first.after(ids, written, self.tokenizer) for ids, written in zip(shown, prompts.columns[ANALYSES])]
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if self.reason_first is not None:
+            self.reason_first.close()
+
+    def describe(self) -> list[str]:
+        lines = super().describe()
+        return lines if self.reason_first is None else [*lines, f"teacher: {self.reason_first.describe()}"]
 
     def terms(self) -> list[Term]:
         if self.loss != "gkd" or not self.style_tokens:
