@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from benchmarks.peer.spec import Clock, Outcome, Spec, from_arguments, spread_re
 from lit_rl import GRPO, Policy, RLModule, Sampling
 from lit_rl.data import EvalSet, ListStream, PromptDataModule
 from lit_rl.rewards import ExactMatchReward, FunctionReward, Reward, RewardInput
-from lit_rl.samplers import HFSampler
+from lit_rl.samplers import HFSampler, RolloutSampler
 from lit_rl.samplers.stopping import Stopping
 from lit_rl.schedules import WarmupLinear
 
@@ -85,6 +86,7 @@ class Stopwatch(Callback):
         step = {stage: metrics[f"time/{stage}"] for stage in STAGES if f"time/{stage}" in metrics}
         step |= {"seconds": now - self.began, "at": now, "tokens": metrics["rollout/tokens"]}
         step["reward_mean"] = metrics["reward/mean"]
+        step |= {name: value for name, value in metrics.items() if name.startswith("sampler/")}
         self.outcome.steps.append(step)
         self.began = None
 
@@ -113,8 +115,8 @@ def reward_of(spec: Spec) -> Reward:
     return FunctionReward(spread, name="spread")
 
 
-def module_of(spec: Spec) -> RLModule:
-    """The method with the spec's settings, everything else as it is by default."""
+def module_of(spec: Spec, sampler: RolloutSampler | None = None) -> RLModule:
+    """The method with the spec's settings (and another sampler), everything else as it is by default."""
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[spec.precision]
     fused = spec.device == "cuda" or spec.precision == "fp32"
     optimizer = functools.partial(
@@ -123,7 +125,7 @@ def module_of(spec: Spec) -> RLModule:
     return GRPO(
         Policy(spec.policy, dtype=dtype),  # type: ignore[arg-type]
         rewards=[reward_of(spec)],
-        sampler=EndlessSampler() if spec.forced_length else HFSampler(),
+        sampler=sampler or (EndlessSampler() if spec.forced_length else HFSampler()),
         sampling=Sampling(max_tokens=spec.max_tokens),
         optimizer=optimizer,
         scheduler=functools.partial(WarmupLinear, warmup=spec.warmup),
@@ -134,8 +136,8 @@ def module_of(spec: Spec) -> RLModule:
     )
 
 
-def run(spec: Spec) -> Outcome:
-    """Train, and measure every step."""
+def run(spec: Spec, sampler: RolloutSampler | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
+    """Train, and measure every step; with another sampler and more callbacks if given."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     outcome = Outcome({"lit-rl": lit_rl.__version__, "torch": torch.__version__})
@@ -154,9 +156,9 @@ def run(spec: Spec) -> Outcome:
             enable_progress_bar=False,
             enable_checkpointing=False,
             logger=TensorBoardLogger(folder, name="", version=""),
-            callbacks=[Stopwatch(spec, outcome)],
+            callbacks=[Stopwatch(spec, outcome), *callbacks],
         )
-        module, data = module_of(spec), Problems(spec)
+        module, data = module_of(spec, sampler), Problems(spec)
         if spec.validation:
             trainer.validate(module, datamodule=data, verbose=False)
         trainer.fit(module, datamodule=data)
