@@ -462,8 +462,8 @@ class Rollouts(Batch):
 
     def trim(self) -> Rollouts:
         """Drop token positions beyond the longest generated completion."""
-        width = 1 + int(self.completion_mask.any(0).nonzero().max()) if self.completion_mask.any() else 0
-        width = max(width, int(self.lengths.max()) if len(self) else 0)
+        used = self.completion_mask.any(0).nonzero()[:, 0].tolist()  # in ascending order
+        width = max(used[-1] + 1 if used else 0, int(self.lengths.max()) if len(self) else 0)
         return replace(self, token={k: v[:, :width] for k, v in self.token.items()})
 
     def completions(self, kept: bool = True) -> list[list[int]]:
