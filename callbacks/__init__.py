@@ -7,6 +7,7 @@ from lit_rl.callbacks.caopd import CalibratedOPD
 from lit_rl.callbacks.dot import DynamicOutlierTruncation
 from lit_rl.callbacks.dynamic_sampling import DynamicSampling
 from lit_rl.callbacks.entropy import EntropyMonitor
+from lit_rl.callbacks.gradients import TermGradients
 from lit_rl.callbacks.grpo_lambda import GRPOLambda
 from lit_rl.callbacks.guard import Bound, DivergenceGuard
 from lit_rl.callbacks.margin import MarginCalibration
@@ -40,6 +41,7 @@ __all__ = [
     "RewardAlarm",
     "RolloutLogger",
     "ScalarSchedule",
+    "TermGradients",
     "TokenImportance",
     "UniOPDBalance",
 ]

@@ -14,6 +14,9 @@ from lit_rl.hooks import RolloutCallback
 from lit_rl.objectives import Aggregation, aggregation_weights
 from lit_rl.rollouts import Rollouts
 
+BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+"""Bins of the logged histogram of pass rates."""
+
 
 def frontier_weights(pass_rates: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     r"""The Beta kernel :math:`p^\alpha (1-p)^\beta` of pass rates in [0, 1], with 0^0 = 1 and 0 where p is NaN.
@@ -83,6 +86,10 @@ class PACED(RolloutCallback):
         rollouts.row["paced_weight"] = weights[rollouts.group]
         ledger = module.ledger
         ledger.mean("paced/pass_rate", rates.float())
+        known = ~torch.isnan(rates)
+        for low, high in BINS:
+            inside = (rates >= low) & (rates < high if high < 1 else rates <= 1)
+            ledger.mean(f"paced/rate_{low:g}_to_{high:g}", inside.float(), known)
         ledger.mean("paced/weight", weights.float())
         ledger.mean("paced/zero_ratio", (weights == 0).float())
         ledger.mean("paced/unknown_ratio", torch.isnan(rates).float())

@@ -102,6 +102,7 @@ class AnchoredTerm(PolicyTerm):
         if isinstance(self.surrogate, Clip):
             up, down = batch.advantages > 0, batch.advantages < 0
             ratio = log_ratio.exp()
+            signals.mean("rlad/ratio", ratio, trained)
             signals.mean("rlad/blocked_up", (ratio > 1 + self.surrogate.clip_high).float(), trained & up)
             signals.mean("rlad/blocked_down", (ratio < 1 - self.surrogate.clip_low).float(), trained & down)
             signals.largest("rlad/ratio_max_punished", ratio, trained & down)

@@ -17,7 +17,7 @@ from lit_rl.methods.terms import Current, PolicyTerm, Signals, TokenTerm
 from lit_rl.objectives import Divergence
 from lit_rl.policies import FrozenPolicy, TokenStates, completion_states
 from lit_rl.policies.divergence import compare, vocabulary_divergence
-from lit_rl.policies.divergence_tiles import View
+from lit_rl.policies.divergence_tiles import Notes, View
 from lit_rl.policies.scoring import evaluation_mode
 from lit_rl.policies.teacher import Teacher, assign
 from lit_rl.rollouts import Prompts, Rollouts
@@ -210,13 +210,31 @@ class DivergenceTerm(TokenTerm):
                 self.divergence,
                 temperature=self.module.loss_temperature,
                 weights=weights[theirs.row, theirs.token],
+                notes=(notes := Notes()),
             )
+            self.report(notes, states.head.vocab_size, signals)
             values = values.to(found.dtype).index_put((theirs.row, theirs.token), found)
         signals.mean("distill/divergence", values, trained)
         signals.largest("distill/divergence_max", values, trained)
         if self.divergence.entry_clip is not None:
             signals.mean("distill/negative_ratio", (values.detach() < 0).float(), trained)
         return values
+
+    def report(self, notes: Notes, vocabulary: int, signals: Signals) -> None:
+        """Log what was seen beside the divergence."""
+        names = {"student_entropy": "student_entropy", "teacher_entropy": "teacher_entropy", "reverse": "reverse_kl"}
+        names |= {name: f"top_k_{name}" for name in ("student_mass", "teacher_mass", "overlap")}
+        for name, logged in names.items():
+            if name in notes:
+                signals.mean(f"distill/{logged}", notes[name].nan_to_num(0.0), ~torch.isnan(notes[name]))
+        if "reverse" in notes:
+            everywhere = torch.ones_like(notes["reverse"], dtype=torch.bool)
+            signals.largest("distill/reverse_kl_max", notes["reverse"], everywhere)
+        if "clipped" in notes:
+            clipped = notes["clipped"]
+            everywhere = torch.ones_like(clipped, dtype=torch.bool)
+            signals.mean("distill/clipped_ratio", clipped / vocabulary, everywhere)
+            signals.mean("distill/clipped_token_ratio", (clipped > 0).float(), everywhere)
 
     def describe(self) -> str:
         return f"{self.divergence.describe()}; {self.aggregation.value.replace('_', ' ')}"

@@ -20,10 +20,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_rl.policies.divergence_tiles import GatheredLogprobs, Side, TiledDivergence, View, full_rows_bytes, slices
+from lit_rl.policies.divergence_tiles import (
+    GatheredLogprobs,
+    Notes,
+    Side,
+    TiledDivergence,
+    View,
+    full_rows_bytes,
+    slices,
+)
 
 if TYPE_CHECKING:
     from lit_rl.objectives import Divergence
+
+
+_LOOKED_AT = 64  # tokens of a batch whose student is asked for its own most likely words, which takes another pass
 
 
 class Comparison(NamedTuple):
@@ -48,6 +59,7 @@ def vocabulary_divergence(
     weights: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    notes: Notes | None = None,
 ) -> Tensor:
     """The divergence of two next-token distributions at each of M tokens.
 
@@ -62,6 +74,7 @@ def vocabulary_divergence(
         vocab_size: words from here on have no probability in either model. Default: all that both heads have.
         chunk_tokens: how many tokens meet the whole vocabulary at once. Default: as many as fit into 128 MiB (512 MiB
             on CUDA). Results agree to rounding.
+        notes: takes what is seen on the way; nothing with a head that is more than a linear layer.
 
     Returns:
         ``[M]``, float64 if the student's head is, else float32. Tokens whose incoming gradient is zero cost nothing in
@@ -76,11 +89,27 @@ def vocabulary_divergence(
     if divergence.top_k is not None and divergence.top_k < vocab_size:
         log_q, top = top_logprobs(teacher, divergence.top_k, temperature=temperature, vocab_size=vocab_size)
         log_p = gathered_logprobs(student, top, temperature=temperature, vocab_size=vocab_size)
+        if notes is not None:
+            notes |= {"student_mass": log_p.detach().exp().sum(-1), "teacher_mass": log_q.exp().sum(-1)}
+            notes["overlap"] = _overlap(student, top, temperature, vocab_size)
         return divergence.total_of_top(log_p, log_q.to(log_p))
     own, theirs = (Side.of(view, temperature, vocab_size, chunk_tokens) for view in (student, teacher))
     if not torch.is_grad_enabled():
         weights = None
-    return TiledDivergence.apply(own.hidden, own.weight, own.bias, own, theirs.detached(), divergence, weights)
+    return TiledDivergence.apply(own.hidden, own.weight, own.bias, own, theirs.detached(), divergence, weights, notes)
+
+
+@torch.no_grad()
+def _overlap(student: View, top: Tensor, temperature: float, vocab_size: int) -> Tensor:
+    """``[M]``: share of the words ``[M, k]`` among the student's own k most likely; NaN but for some evenly chosen."""
+    found = torch.full((len(top),), math.nan, device=top.device)
+    if not len(top):
+        return found
+    looked_at = torch.arange(0, len(top), max(1, -(-len(top) // _LOOKED_AT)), device=top.device)
+    view = View(student.hidden[looked_at], student.head)
+    _, own = top_logprobs(view, top.shape[1], temperature=temperature, vocab_size=vocab_size)
+    found[looked_at] = torch.stack([torch.isin(a, b).float().mean() for a, b in zip(top[looked_at], own)])
+    return found
 
 
 @torch.no_grad()

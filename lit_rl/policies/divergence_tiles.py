@@ -39,6 +39,30 @@ class View(NamedTuple):
     head: Head
 
 
+class Notes(dict[str, Tensor]):
+    """What is seen on the way to the divergences of M tokens: name -> ``[M]``, without gradient.
+
+    Over the whole vocabulary: ``student_entropy``, ``teacher_entropy`` and ``reverse`` (KL(student || teacher),
+    whatever divergence is asked for), all in nats, and with ``entry_clip`` the number of ``clipped`` summands. With
+    ``top_k``: the ``student_mass`` and ``teacher_mass`` on the teacher's k most likely words, and their ``overlap``,
+    the share of them that are among the student's own (NaN at tokens where nobody looked).
+    """
+
+    def begin(self, like: Tensor, clip: float | None) -> None:
+        """Nothing was seen yet of the tokens of ``like`` (``[M]``)."""
+        names = ("student_entropy", "teacher_entropy", "reverse", *(() if clip is None else ("clipped",)))
+        self.update({name: torch.zeros_like(like) for name in names})
+
+    def add(self, rows: slice, log_p: Tensor, log_q: Tensor, values: Tensor, clip: float | None) -> None:
+        """Some tokens x some words: log-probabilities and summands, clipped already."""
+        product = log_p.exp()
+        self["reverse"][rows] += torch.linalg.vecdot(product, log_p - log_q)
+        self["student_entropy"][rows] -= torch.linalg.vecdot(product, log_p)
+        self["teacher_entropy"][rows] -= torch.linalg.vecdot(torch.exp(log_q, out=product), log_q)
+        if clip is not None:
+            self["clipped"][rows] += (values == clip).sum(1)
+
+
 @dataclass(frozen=True)
 class Side:
     """One model's operands in the type they are computed in, and how its work is cut."""
@@ -147,10 +171,13 @@ class TiledDivergence(torch.autograd.Function):
         theirs: Side,
         divergence: Divergence,
         weights: Tensor | None,
+        notes: Notes | None,
     ) -> Tensor:
         own = Side(hidden, weight, bias, own.head, own.accumulate)
         totals, slope, lse_p, lse_q = (hidden.new_empty(len(hidden), dtype=own.accumulate) for _ in range(4))  # [M]
         work = None if weights is None else _EarlyGradients(own, weights.to(own.accumulate), ctx.needs_input_grad)
+        if notes is not None:
+            notes.begin(totals, divergence.entry_clip)
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = own.chunks()
             room_p, room_q = own.room(chunks[0].stop if chunks else 0), theirs.room(chunks[0].stop if chunks else 0)
@@ -158,7 +185,7 @@ class TiledDivergence(torch.autograd.Function):
                 p, q = own.full_rows(rows, room_p), theirs.full_rows(rows, room_q)
                 lse_p[rows], lse_q[rows] = _normaliser(p), _normaliser(q)
                 slopes_of = [own.head.slope(z) for _, z in p] if work is not None else []
-                totals[rows], slope[rows] = _sums(divergence, p, q, lse_p[rows], lse_q[rows])
+                totals[rows], slope[rows] = _sums(divergence, p, q, lse_p[rows], lse_q[rows], notes, rows)
                 if work is not None:
                     work.add(rows, p, q, slope[rows], slopes_of, divergence.beyond(totals[rows]))
         ctx.own, ctx.theirs, ctx.divergence = own.head, (theirs.head, theirs.accumulate), divergence
@@ -177,18 +204,20 @@ class TiledDivergence(torch.autograd.Function):
         known, ctx.known = ctx.known, None  # scaled in place: good for one backward pass
         scale = None if known is None else known.scale_for(grad)
         if known is not None and scale is not None:
-            return *known.scaled(scale, (hidden, weight, bias)), None, None, None, None
+            return *known.scaled(scale, (hidden, weight, bias)), None, None, None, None, None
         theirs = Side(teacher_hidden, teacher_weight, teacher_bias, *ctx.theirs)
         live = _live_rows(grad)
         work = _DivergenceGradients(ctx.own, weight, bias, ctx.accumulate, ctx.needs_input_grad, theirs, ctx.divergence)
         tokens = _Compared(hidden, teacher_hidden, lse_p, lse_q, slope, grad)
         with torch.autocast(hidden.device.type, enabled=False):
             work.run(tokens if live is None else tokens[live])  # type: ignore[arg-type]
-        return *_scattered(work, hidden, live), None, None, None, None
+        return *_scattered(work, hidden, live), None, None, None, None, None
 
 
-def _sums(divergence: Divergence, p: Blocks, q: Blocks, lse_p: Tensor, lse_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the vocabulary of the (clipped) summands and of their slopes, both ``[C]``.
+def _sums(
+    divergence: Divergence, p: Blocks, q: Blocks, lse_p: Tensor, lse_q: Tensor, notes: Notes | None, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Sums over the vocabulary of the (clipped) summands and of their slopes, both ``[C]``, for the tokens ``rows``.
 
     Afterwards the blocks of ``p`` hold log-probabilities and those of ``q`` the slopes.
     """
@@ -196,6 +225,8 @@ def _sums(divergence: Divergence, p: Blocks, q: Blocks, lse_p: Tensor, lse_q: Te
     for (_, z_p), (_, z_q) in zip(p, q, strict=True):
         log_p, log_q = z_p.sub_(lse_p[:, None]), z_q.sub_(lse_q[:, None])
         values, slopes = _summands(divergence, log_p, log_q.to(z_p.dtype))
+        if notes is not None:
+            notes.add(rows, log_p, log_q.to(z_p.dtype), values, divergence.entry_clip)
         total += values.sum(1)
         slope += slopes.sum(1)
         z_q.copy_(slopes)

@@ -104,6 +104,9 @@ def test_a_prompt_without_verdicts_has_no_weight_and_is_counted():
     batch, module = weighed(PACED(), [[NAN, NAN], [1.0, 0.0], [NAN, 1.0]])
     assert batch.loss_weights[:, 0].tolist() == [0, 0, pytest.approx(1 / 3 * 3), pytest.approx(1 / 3 * 3), 0, 0]
     assert module.logged()["paced/unknown_ratio"] == pytest.approx(1 / 3)
+    bins = {name: value for name, value in module.logged().items() if name.startswith("paced/rate_")}
+    assert [*bins.values()] == [0, 0, 0.5, 0.5]  # of the two prompts whose rates, 0.5 and 1, are known
+    assert "paced/rate_0.75_to_1" in bins
 
 
 def test_neutral_exponents_leave_a_run_as_it_is(tmp_path: Path):
