@@ -72,8 +72,8 @@ def main() -> None:
         "scaling",
         "Cost over groups and tokens",
         f"A policy of {shape} parameters, groups of 8, completions of forced length, {precision}; medians of "
-        f"{options.repeats} steps. Attention to earlier tokens grows with the square of the length, and in a policy this "
-        "small it is a visible part of a step.",
+        f"{options.repeats} steps. Attention to earlier tokens grows with the square of the length, and in a policy "
+        "this small it is a visible part of a step.",
         hardware(options.device),
         {k: v for k, v in vars(options).items() if k != "json"},
     )
