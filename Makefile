@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env quickstart test lint types docs unit bench claims clean
+.PHONY: help env quickstart test lint types docs unit bench peer claims clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -38,6 +38,15 @@ docs: env ## build the documentation
 
 bench: env ## speed and memory, side by side with the peer
 	$(BIN)/python benchmarks/run_all.py
+
+PEER := .venv-trl
+$(PEER)/.tests: $(VENV)/.ready benchmarks/peer/processes.py
+	$(BIN)/python -m benchmarks.peer.processes
+	$(PEER)/bin/pip install -q -c constraints.txt -e . pytest
+	@touch $@
+
+peer: $(PEER)/.tests ## losses against TRL's own, in an environment of its own
+	$(PEER)/bin/python -m pytest -m peer $$(grep -rl mark.peer tests)
 
 claims: env ## learning claims: baseline against method over several seeds (slow); one: make claims NAME=dot
 	$(BIN)/python benchmarks/claims/run.py $(NAME)

@@ -52,3 +52,7 @@ def run_side(side: str, spec: Spec) -> Outcome:
         if process.returncode:
             raise RuntimeError(f"{side} failed:\n{(process.stdout + process.stderr)[-3000:]}")
         return Outcome(**json.loads(measured.read_text()))
+
+
+if __name__ == "__main__":
+    trl_python()
