@@ -18,7 +18,7 @@ from lit_rl.methods.reporting import PROGRESS_BAR, Ledger
 from lit_rl.metrics.generation import GenerationMetrics
 from lit_rl.predictions import prediction_rows
 from lit_rl.rollouts import Rollouts
-from lit_rl.samplers.base import RolloutRequest
+from lit_rl.samplers.base import Interrupt, RolloutRequest
 from lit_rl.seeding import mix_seeds, single_precision
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Evaluation:
         prompts = self.encode(batch["records"], batch["draws"])
         seed = mix_seeds(self.seed, "evaluation", eval_set.name)
         request = RolloutRequest.for_groups(prompts, eval_set.samples, sampling, seed, entropy=False)
-        request.should_stop = lambda progress: self.stop_requested()
+        request.should_stop = Interrupt(self.stop_requested)
         with self.sampler.active():
             rollouts = self.sampler.sample(request).to(self.device)
         return self.score(rollouts)

@@ -24,7 +24,7 @@ from lit_rl.policies import FrozenPolicy, Policy
 from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import Reward, RewardInput, check_rewards, score_rewards
 from lit_rl.rollouts import Prompts, Rollouts, StopReason
-from lit_rl.samplers.base import RolloutRequest, RolloutSampler, Sampling
+from lit_rl.samplers.base import Interrupt, RolloutRequest, RolloutSampler, Sampling
 from lit_rl.seeding import seed_everything_from, single_precision
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -217,7 +217,7 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
             self.seed,
             score=self.score,
             entropy=self.keep_entropy,
-            should_stop=lambda progress: self.stop_requested(),
+            should_stop=Interrupt(self.stop_requested),
             wanted=prompts,
         )
 

@@ -2,7 +2,7 @@
 """Rollout samplers: they turn prompts into completions with log-probabilities."""
 
 from lit_rl.samplers.asynchronous import AsyncSampler
-from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler, Sampling
+from lit_rl.samplers.base import Interrupt, Progress, RolloutRequest, RolloutSampler, Sampling
 from lit_rl.samplers.dataset import DatasetSampler
 from lit_rl.samplers.environment import EnvironmentSampler
 from lit_rl.samplers.hf import HFSampler
@@ -15,6 +15,7 @@ __all__ = [
     "DatasetSampler",
     "EnvironmentSampler",
     "HFSampler",
+    "Interrupt",
     "LowPrecisionSampler",
     "PartialSampler",
     "Progress",

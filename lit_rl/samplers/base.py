@@ -67,6 +67,20 @@ class Progress(Protocol):
     lengths: Tensor  # [N] int, tokens so far, on the CPU
 
 
+class Interrupt:
+    """A `RolloutRequest.should_stop` that does not look at the progress, and may therefore be asked at any time.
+
+    Args:
+        requested: whether generation is to end now.
+    """
+
+    def __init__(self, requested: Callable[[], bool]) -> None:
+        self.requested = requested
+
+    def __call__(self, progress: Progress) -> bool:
+        return self.requested()
+
+
 @dataclass
 class RolloutRequest:
     """N completions to sample for B prompts.
@@ -81,7 +95,7 @@ class RolloutRequest:
         budgets: ``[N]`` tokens allowed in all for each completion (prefix included); None: ``sampling.max_tokens``.
         prefix: unfinished completions to continue: N rows in the order of ``group``; rows of length 0 start afresh.
         should_stop: called after each decode step; True interrupts generation, and unfinished rows come back with
-            `StopReason.ABORTED`.
+            `StopReason.ABORTED`. An `Interrupt` need not be called that often.
         score: scores rollouts with the module's own rewards, for samplers that select.
         entropy: ask for the entropy of the sampling distribution at each position (token signal ``entropy``).
         wanted: groups that a training step needs. Then a sampler may return other prompts than the request's (drawn

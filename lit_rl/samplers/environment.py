@@ -19,7 +19,7 @@ from lit_rl.environments.calls import call_all
 from lit_rl.environments.encoding import ObservationEncoder
 from lit_rl.rewards.pool import Outcome
 from lit_rl.rollouts import Rollouts, StopReason
-from lit_rl.samplers.base import Progress, RolloutRequest, RolloutSampler
+from lit_rl.samplers.base import Interrupt, Progress, RolloutRequest, RolloutSampler
 from lit_rl.samplers.hf import HFSampler
 from lit_rl.samplers.wrapping import SamplerWrapper, is_open, replace_rows, unstarted
 from lit_rl.seeding import mix_seeds
@@ -331,8 +331,8 @@ def _in_terms_of_all(
     should_stop: Callable[[Progress], bool] | None, rollouts: Rollouts, rows: Tensor, state: _Episodes
 ) -> Callable[[Progress], bool] | None:
     """``should_stop`` of the request for a turn in which only ``rows`` (bool ``[N]``) write."""
-    if should_stop is None:
-        return None
+    if should_stop is None or isinstance(should_stop, Interrupt):
+        return should_stop
     finished, lengths, before = ~rows, rollouts.lengths.clone(), state.steps
 
     def stop(progress: Progress) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lit_rl.policies.frozen import copy_of
 from lit_rl.rollouts import Rollouts
-from lit_rl.samplers.base import RolloutRequest, RolloutSampler
+from lit_rl.samplers.base import Interrupt, RolloutRequest, RolloutSampler
 
 
 class Weights(NamedTuple):
@@ -146,7 +146,7 @@ class Engine:
         """The completions of a job, on the CPU."""
         kind = next(self.model.parameters()).device.type
         with self.sampler.active(), torch.autocast(kind, autocast, enabled=autocast is not None):
-            return self.sampler.sample(replace(request, should_stop=lambda progress: self.stopping())).to("cpu")
+            return self.sampler.sample(replace(request, should_stop=Interrupt(self.stopping))).to("cpu")
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
