@@ -18,7 +18,7 @@ from lit_rl.samplers.base import RolloutSampler
 from lit_rl.samplers.hf import HFSampler
 from lit_rl.samplers.wrapping import SamplerWrapper
 
-_CPU_BLOCK = 32  # bitsandbytes' kernels for CPUs refuse a number of outputs that is no multiple of it
+_CPU_OUTPUTS, _CPU_INPUTS = 32, 64  # bitsandbytes' kernels for CPUs refuse layers whose sizes are no multiples of these
 
 Kind = Literal["nf4", "fp4", "bfloat16", "float16", "nf4-rounded", "fp4-rounded", "int8-rounded"]
 
@@ -113,7 +113,7 @@ def make_copy(model: nn.Module, kind: Kind, skip: Sequence[str] = ("lm_head",)) 
         for name in quantised_layers(twin, skip):
             parent, _, leaf = name.rpartition(".")
             layer: Any = twin.get_submodule(name)
-            if not layer.weight.is_cuda and layer.out_features % _CPU_BLOCK:
+            if not layer.weight.is_cuda and (layer.out_features % _CPU_OUTPUTS or layer.in_features % _CPU_INPUTS):
                 continue
             setattr(twin.get_submodule(parent), leaf, _four_bit(layer, kind))
     refresh_copy(twin, model, kind, skip)

@@ -107,6 +107,41 @@ def test_four_bits_of_bitsandbytes_sample_as_the_rounded_weights_do(tokenizer, k
     assert largest_gap(simulated.copy, out) < 0.3 * largest_gap(model, out)
 
 
+def test_layers_that_the_kernels_refuse_keep_their_precision(tokenizer):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_key_value_heads": 2}
+    sampler = connected(tiny_model("Qwen2", vocab_size=len(tokenizer), **sizes), tokenizer, "nf4")
+    mlp = sampler.copy.model.layers[0].mlp
+    assert mlp.up_proj.weight.dtype == torch.uint8
+    assert mlp.down_proj.weight.dtype == torch.float32  # 96 inputs are no whole number of blocks
+    assert len(sampler.sample(request(max_tokens=4))) == len(request())
+
+
+class RoundingLinear(torch.nn.Module):
+    """A layer of whole numbers that rounds its inputs, differently for every batch as kernels do."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        codes = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+        self.bias = layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = 1 + 0.01 * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view_as(x)
+        return torch.nn.functional.linear(x * noise, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_quantised_layers_that_round_their_inputs_are_not_taken_for_a_mismatch(tokenizer):
+    model = tiny_model("Qwen2", vocab_size=len(tokenizer))
+    for layer in model.model.layers:
+        layer.mlp.up_proj = RoundingLinear(layer.mlp.up_proj)
+    sampler = HFSampler(fallback="error")  # refuses to decode in a slow way
+    sampler.setup(model, tokenizer)
+    assert len(sampler.sample(request())) == len(request())
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="kind must be one of nf4"):
         LowPrecisionSampler(kind="int2")
