@@ -8,6 +8,7 @@ from lit_rl.samplers.environment import EnvironmentSampler
 from lit_rl.samplers.hf import HFSampler
 from lit_rl.samplers.low_precision import LowPrecisionSampler
 from lit_rl.samplers.partial import PartialSampler
+from lit_rl.samplers.ray_sampler import RaySampler
 from lit_rl.samplers.two_stage import TwoStageSampler
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LowPrecisionSampler",
     "PartialSampler",
     "Progress",
+    "RaySampler",
     "RolloutRequest",
     "RolloutSampler",
     "Sampling",
