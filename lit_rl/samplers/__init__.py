@@ -10,6 +10,7 @@ from lit_rl.samplers.low_precision import LowPrecisionSampler
 from lit_rl.samplers.partial import PartialSampler
 from lit_rl.samplers.ray_sampler import RaySampler
 from lit_rl.samplers.two_stage import TwoStageSampler
+from lit_rl.samplers.vllm import VLLMSampler
 
 __all__ = [
     "AsyncSampler",
@@ -25,4 +26,5 @@ __all__ = [
     "RolloutSampler",
     "Sampling",
     "TwoStageSampler",
+    "VLLMSampler",
 ]
