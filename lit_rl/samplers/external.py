@@ -122,7 +122,7 @@ class ExternalRows:
             if max_positions is not None and size + budget > max_positions:
                 raise ValueError(
                     f"A prompt of {size} tokens and a budget of {budget} need {size + budget} positions, but the "
-                    f"engine has only {max_positions}: lower max_tokens or max_prompt_tokens, or raise its max_model_len."
+                    f"engine has only {max_positions}: lower max_tokens or max_prompt_tokens, or raise max_model_len."
                 )
 
     def orders(self) -> Iterator[Order]:
