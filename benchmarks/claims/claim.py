@@ -7,7 +7,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,16 @@ COLD_START = WarmStart(
     overrides={"model.init_args.max_rollouts": 250, "model.init_args.scheduler.init_args.total": 250}
 )
 """A third of the quickstart's warm start: the policy knows the form of a solution and is rarely right."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A policy that a further run makes of a warm-started one; cached like that one."""
+
+    start: WarmStart = WarmStart()
+    configs: Sequence[str] = ("configs/quickstart.yaml",)
+    overrides: Overrides = field(default_factory=dict)
+    seed: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Claim:
         curves: logged names to plot against the clock.
         setup: what the task is and why it can show the effect, for the report.
         seeds: paired over the arms.
+        teacher: made before the first run; ``{teacher}`` in the value of an override stands for its folder.
         extra: writes further figures and text about the finished runs (see `report`).
     """
 
@@ -81,13 +92,15 @@ class Claim:
     configs: Sequence[str] = ("configs/quickstart.yaml",)
     overrides: Overrides = field(default_factory=dict)
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
+    teacher: Teacher | None = None
     extra: Callable[[Any], str] | None = None
 
 
 def fingerprint(configs: Sequence[str], *rest: Any) -> str:
     """Eight digits that change with the contents of the files or with anything else that decides a run."""
     texts = [Path(path).read_text() for path in configs]
-    plain = [asdict(x) if isinstance(x, WarmStart) else dict(x) if isinstance(x, Mapping) else x for x in rest]
+    kept = [x for x in rest if x is not None]
+    plain = [asdict(x) if is_dataclass(x) else dict(x) if isinstance(x, Mapping) else x for x in kept]  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps([texts, plain], sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.claims.claim import Arm, Claim, Overrides, WarmStart, fingerprint
+from benchmarks.claims.claim import Arm, Claim, Overrides, Teacher, WarmStart, fingerprint
 
 RUNS = Path("runs/claims")
 
@@ -55,10 +55,24 @@ def warm_policy(start: WarmStart) -> Path:
     return policy
 
 
+def teacher_policy(teacher: Teacher) -> Path:
+    """Folder of a teacher in hub format, trained at the first call."""
+    folder = RUNS / "teachers" / fingerprint([*teacher.start.configs, *teacher.configs], teacher)
+    policy = folder / "policy"
+    if not policy.exists():
+        own = {"model.init_args.policy.path": warm_policy(teacher.start), "trainer.default_root_dir": folder / "run"}
+        seeds = {"model.init_args.seed": teacher.seed, "data.init_args.seed": teacher.seed}
+        quiet = {"trainer.enable_progress_bar": False, "ckpt_path": "last"}
+        lit_rl(folder / "log.txt", 1, "fit", *as_words(teacher.configs, teacher.overrides, own, seeds, quiet))
+        lit_rl(folder / "log.txt", 1, "export", str(folder / "run"), str(policy))
+    return policy
+
+
 def run_folder(claim: Claim, arm: Arm, seed: int) -> Path:
     """Where a run is; another configuration is another folder."""
     configs = [*claim.configs, *arm.configs]
-    digits = fingerprint([*claim.warm_start.configs, *configs], claim.warm_start, claim.overrides, arm.overrides)
+    settings = claim.warm_start, claim.overrides, arm.overrides, claim.teacher
+    digits = fingerprint([*claim.warm_start.configs, *configs], *settings)
     return RUNS / claim.name / f"{arm.name}-{digits}" / f"seed{seed}"
 
 
@@ -78,7 +92,8 @@ def run_arm(claim: Claim, arm: Arm, seed: int, policy: Path) -> Path:
     }
     start = time.perf_counter()
     words = as_words([*claim.configs, *arm.configs], claim.overrides, arm.overrides, own)
-    words = [word.replace("{seed}", str(seed)) for word in words]
+    teacher = "" if claim.teacher is None else str(teacher_policy(claim.teacher).absolute())
+    words = [word.replace("{seed}", str(seed)).replace("{teacher}", teacher) for word in words]
     lit_rl(folder / "log.txt", 1, "fit", *words)
     done.write_text(json.dumps({"seconds": time.perf_counter() - start}))
     print(f"  {arm.name:<16} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -88,6 +103,8 @@ def run_arm(claim: Claim, arm: Arm, seed: int, policy: Path) -> Path:
 def run_claim(claim: Claim, seeds: Sequence[int], workers: int = 2) -> dict[str, list[Path]]:
     """All runs of a claim: arm name -> folders in the order of the seeds."""
     policy = warm_policy(claim.warm_start)
+    if claim.teacher is not None:
+        teacher_policy(claim.teacher)
     jobs = [(arm, seed) for seed in seeds for arm in claim.arms]
     with ThreadPoolExecutor(workers) as pool:
         folders = list(pool.map(lambda job: run_arm(claim, *job, policy), jobs))
