@@ -25,7 +25,8 @@ class GuidedReplay(RolloutCallback):
     (`replay`).
 
     Logged: ``npo/replaying``; during a replay ``npo/candidates`` (groups for which the guide has a completion),
-    ``npo/injected_groups`` and ``npo/guide_ratio_mean`` (mean of π_θ over the guide on the guide's tokens).
+    ``npo/injected_groups`` and ``npo/guide_ratio_mean`` (mean of π_θ over the guide on the guide's tokens); at a step
+    that ends with samples of the guide or a probe ``npo/guide_tokens``, which ``rollout/tokens`` does not count.
     """
 
     requires = frozenset({"correct"})

@@ -120,7 +120,14 @@ def sample_in_parts(module: Any, draws: Sequence[int], samples: int, purpose: st
         request = RolloutRequest.for_groups(prompts, samples, module.sampling, seed, entropy=False)
         with module.sampler.active():
             rollouts = module.sampler.sample(request).to(module.device)
+        count_tokens(module, rollouts)
         yield module.score(rollouts)
+
+
+def count_tokens(module: Any, rollouts: Rollouts) -> None:
+    """Add a part's completions, on all ranks, to ``npo/guide_tokens``: what going back costs beside the replay."""
+    tokens = float(ranks.all_sum(rollouts.lengths.sum()))
+    module.log("npo/guide_tokens", module.numbers.get("npo/guide_tokens", 0.0) + tokens)
 
 
 def sample_guide(module: Any, draws: Sequence[int], samples: int) -> tuple[GuideCache, dict[int, float]]:

@@ -279,6 +279,7 @@ def test_prompts_are_sampled_in_parts_of_a_training_batch(tmp_path: Path) -> Non
             parts = list(sample_in_parts(pl_module, range(7), 5, "test"))
             sizes.extend(len(part) for part in parts)
             assert [d for part in parts for d in part.prompts.draw.tolist()] == list(range(7))
+            assert pl_module.numbers["npo/guide_tokens"] == sum(int(part.lengths.sum()) for part in parts)
 
     train(tmp_path / "run", guided_module(policy, max_rollouts=1), [Sample()])
     assert sizes == [15, 15, 5]  # of at most 4 x 4 completions
