@@ -52,11 +52,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a finished run, and which direction is good."""
+    """A number of a finished run, and which direction is good. ``counts``: it is 1 or 0, and runs are counted."""
 
     label: str
     read: Read
     better: Literal["higher", "lower"]
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Claim:
         seeds: paired over the arms.
         teacher: made before the first run; ``{teacher}`` in the value of an override stands for its folder.
         extra: writes further figures and text about the finished runs (see `report`).
+        tried: designs that did not show the effect, and what came out.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Claim:
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
     teacher: Teacher | None = None
     extra: Callable[[Any], str] | None = None
+    tried: Sequence[str] = ()
 
 
 def fingerprint(configs: Sequence[str], *rest: Any) -> str:
@@ -141,13 +144,21 @@ def smallest(name: str) -> Read:
     return lambda run: min(value for _, value in series(run, name))
 
 
-def reached(name: str, value: float, cost: str | None = None, clock: str | None = None) -> Read:
+def collapsed(name: str) -> Read:
+    """1 if the last logged value is below half of the best one, else 0."""
+    return lambda run: float(series(run, name)[-1][1] < largest(name)(run) / 2)
+
+
+def reached(
+    name: str, value: float, cost: str | None = None, also: str | None = None, clock: str | None = None
+) -> Read:
     """How much it took until ``name`` first reached ``value``. Infinity for a run that never got there.
 
     Args:
         name: logged name.
         value: the goal.
         cost: sum of this logged name until then, instead of training steps.
+        also: a second cost to add, 0 in runs that never had it.
         clock: value of this logged name at that time, instead of training steps.
     """
 
@@ -157,6 +168,9 @@ def reached(name: str, value: float, cost: str | None = None, clock: str | None 
             return float("inf")
         if clock is not None:
             return [v for c, v in series(run, clock) if c <= when][-1]
-        return float(when) if cost is None else sum(v for c, v in series(run, cost) if c < when)
+        if cost is None:
+            return float(when)
+        paid = series(run, cost) + (scalars(run).get(also, []) if also is not None else [])
+        return sum(v for c, v in paid if c <= when)
 
     return read

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.claim import Claim, series
+from benchmarks.claims.claim import Claim, Overrides, series
 
 DOCS = Path("docs/claims")
 # Student's t, two-sided 95 %, by degrees of freedom.
@@ -74,6 +74,12 @@ def difference(baseline: Sequence[float], method: Sequence[float], better: str) 
     return f"**{mean:+.3g} ± {half:.2g}**, {'better' if (mean > 0) == (better == 'higher') else 'worse'}"
 
 
+def counted(baseline: Sequence[float], method: Sequence[float]) -> tuple[str, str]:
+    """Of how many runs something is true, and how many more that are than of the baseline's."""
+    more = sum(method) - sum(baseline)
+    return f"{sum(method):.0f} of {len(method)}", f"{more:+.0f}" if more else "none more"
+
+
 def compare(results: Results, baseline: str, method: str, label: str) -> str:
     """One metric of two arms in words."""
     better = next(m.better for m in results.claim.metrics if m.label == label)
@@ -87,10 +93,11 @@ def table(results: Results) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for metric in results.claim.metrics:
         base = results.values(first, metric.label)
-        row = [f"{metric.label} ({metric.better} is better)", cell(base)]
+        row = [f"{metric.label} ({metric.better} is better)"]
+        row.append(counted(base, base)[0] if metric.counts else cell(base))
         for name in others:
             values = results.values(name, metric.label)
-            row += [cell(values), difference(base, values, metric.better)]
+            row += counted(base, values) if metric.counts else (cell(values), difference(base, values, metric.better))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -121,6 +128,31 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def spelled(overrides: Overrides) -> list[str]:
+    """Overrides as a reader would say them: added objects by class and arguments, single values by name."""
+    said = []
+    for key, value in overrides.items():
+        name = key.removeprefix("model.").removeprefix("trainer.").replace("init_args.", "")
+        if key.endswith("+"):
+            for item in value:
+                own = ", ".join(f"{k}={v!r}" for k, v in item.get("init_args", {}).items())
+                said.append(f"`{item['class_path'].rsplit('.', 1)[-1]}({own})`")
+        else:
+            said.append(f"`{name}: {value}`")
+    return said
+
+
+def arms(claim: Claim) -> str:
+    """What each arm adds to the configuration that all share."""
+    start = [f"`{path}`" for path in claim.warm_start.configs] + spelled(claim.warm_start.overrides)
+    shared = [f"`{path}`" for path in claim.configs] + spelled(claim.overrides)
+    lines = [f"- warm start: {', '.join(start)}", f"- all arms: {', '.join(shared)}"]
+    for arm in claim.arms:
+        own = [f"`{path}`" for path in arm.configs] + spelled(arm.overrides)
+        lines.append(f"- `{arm.name}`: {'adds ' + ', '.join(own) if own else 'adds nothing, the baseline'}")
+    return "\n".join(["Configurations:", "", *lines])
+
+
 def hardware() -> str:
     """Processor, cores, torch."""
     import torch
@@ -149,28 +181,24 @@ def write(results: Results, verdict: str) -> dict[str, Any]:
         "hardware": hardware(),
     }
     (DOCS / f"{claim.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    extra = claim.extra(results) if claim.extra is not None else ""
     times = ", ".join(f"{arm} {value:.0f} s" for arm, value in seconds.items())
-    arms = "; ".join(f"`{a.name}`: {', '.join(a.configs) or 'nothing added'}" for a in claim.arms)
-    text = f"""## {claim.title}
-
-> {claim.sentence} ({claim.source})
-
-{claim.setup}
-
-{table(results)}
-
-Mean ± half width of the 95 % interval over seeds {", ".join(map(str, results.seeds))}; differences are paired by seed.
-
-{verdict}
-
-![curves]({DOCS.name}/{claim.name}.png)
-
-{extra}
-
-Seconds a run: {times}. Configurations: {", ".join(claim.configs)}; arms {arms}. Hardware: {hardware()}.
-Run it: `make claims NAME={claim.name}`.
-"""
+    blocks = [
+        f"## {claim.title}",
+        f"> {claim.sentence} ({claim.source})",
+        claim.setup,
+        table(results),
+        f"Mean ± half width of the 95 % interval over seeds {', '.join(map(str, results.seeds))}; differences are paired "
+        "by seed.",
+        verdict,
+        f"![curves]({DOCS.name}/{claim.name}.png)",
+        claim.extra(results) if claim.extra is not None else "",
+        "\n".join(["Designs tried before that did not show it:", "", *(f"- {text}" for text in claim.tried)])
+        if claim.tried
+        else "",
+        arms(claim),
+        f"Seconds a run: {times}. Hardware: {hardware()}. Run it: `make claims NAME={claim.name}`.",
+    ]
+    text = "\n\n".join(block for block in blocks if block) + "\n"
     (DOCS / f"{claim.name}.md").write_text(text)
     return numbers
 
