@@ -36,6 +36,7 @@ class SamplerWrapper(RolloutSampler):
         self.in_process = inner.in_process
         self.continues_prefix = inner.continues_prefix
         self.provides = inner.provides
+        self.loss_correction = inner.loss_correction
         self._pending: deque[RolloutRequest] = deque()
 
     def generate(self, request: RolloutRequest) -> Rollouts:
