@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_rl.samplers.cache import GrowingCache
 
 _FIRST_COLUMNS = 128  # columns of the cache that are allocated for new tokens before it has to grow
+_WORTH_A_FORWARD = 512  # tokens of contexts that are worth a forward pass of their own, if that saves padding
 
 
 class ModelDecoder:
@@ -62,10 +63,12 @@ class ModelDecoder:
         dtype = autocast_dtype(self.device)
         self.cache = GrowingCache(self.config.num_hidden_layers, self.column + min(limit, _FIRST_COLUMNS), dtype)
         logits = torch.empty(0)
-        for first, last in self._chunks([len(c) for c in contexts]):
-            part, cache = self._prefill(contexts[first:last])
-            rows = ((owner >= first) & (owner < last)).nonzero()[:, 0]
-            mine = owner[rows] - first
+        for chunk in self._chunks([len(c) for c in contexts]):
+            part, cache = self._prefill([contexts[i] for i in chunk])
+            place = torch.full((len(contexts),), -1, device=self.device)
+            place[chunk] = torch.arange(len(chunk), device=self.device)
+            rows = (place[owner] >= 0).nonzero()[:, 0]
+            mine = place[owner[rows]]
             self.cache.place(cache, mine, rows, len(owner), self.column)
             if not len(logits):
                 logits = part.new_empty(len(owner), part.shape[-1])
@@ -137,15 +140,17 @@ class ModelDecoder:
     def _mask_dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
-    def _chunks(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
-        """Ranges of contexts whose padded size stays within `prefill_tokens` (one context at least)."""
-        first, widest = 0, 0
-        for i, length in enumerate(lengths):
-            widest = max(widest, length)
-            if i > first and (i + 1 - first) * widest > self.prefill_tokens:
-                yield first, i
-                first, widest = i, length
-        yield first, len(lengths)
+    def _chunks(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Contexts of similar lengths, computed together: `prefill_tokens` at most with padding, or one context."""
+        chunk: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            widest = lengths[chunk[0]] if chunk else 0
+            full = (len(chunk) + 1) * widest > self.prefill_tokens
+            if chunk and (full or (len(chunk) * widest >= _WORTH_A_FORWARD and 4 * lengths[i] < 3 * widest)):
+                yield chunk
+                chunk = []
+            chunk.append(i)
+        yield chunk
 
     def _prefill(self, contexts: Sequence[Tensor]) -> tuple[Tensor, GrowingCache]:
         """``[b, V]`` logits after each context, and the cache of all of them."""

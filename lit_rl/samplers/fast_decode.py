@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from lit_rl.samplers.decoder import ModelDecoder, autocast_dtype
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _FUSE_BELOW = 64_000_000  # parameters; a larger model gains little from fused weights and would pay memory for the copy
+_WORTH_A_BLOCK = 2048  # columns of padding, over rows, that are worth two more products a layer
 _FEW_ROWS, _LARGE_WEIGHT = 8, 2**18  # where `few_rows_linear` turns the product round
 
 
@@ -49,6 +50,7 @@ class FastDecoder(ModelDecoder):
             return logits
         fuse = sum(p.numel() for p in core.parameters()) < _FUSE_BELOW
         self.layers = [_Layer(x, fuse) for x in core.layers]
+        self.blocks = self._blocks()
         self.norm, self.head = _norm(core.norm), _linear(self.model.get_output_embeddings())
         positions = torch.arange(self.column + limit, device=self.device)[None]
         cos, sin = core.rotary_emb(core.embed_tokens.weight[:1], positions)
@@ -57,6 +59,34 @@ class FastDecoder(ModelDecoder):
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # [columns, dim]
         return logits
 
+    def keep(self, alive: Tensor) -> Tensor:
+        order = super().keep(alive)
+        if self.layers is not None:
+            self.blocks = self._blocks()
+        return order
+
+    def _blocks(self) -> list[_Block]:
+        """Neighbouring rows that attend together, and the columns before all of their contexts, which they leave out.
+
+        Rows that continue long completions stand beside rows that begin, and the batch is as wide as its longest.
+        """
+        whole = [_Block(slice(None), 0)]
+        if not self.padded or any(self.layer_windows) or self.device.type != "cpu":
+            return whole
+        padding = (self.column - self.position).tolist()
+
+        def split(first: int, last: int) -> list[_Block]:
+            left_out = min(padding[first:last])
+            middle = (first + last) // 2
+            if middle > first:
+                halves = (first, middle), (middle, last)
+                saved = sum((b - a) * (min(padding[a:b]) - left_out) for a, b in halves)
+                if saved >= _WORTH_A_BLOCK:
+                    return [*split(*halves[0]), *split(*halves[1])]
+            return [_Block(slice(first, last), left_out)]
+
+        return split(0, len(padding)) if padding else whole
+
     def _forward(self, tokens: Tensor) -> Tensor:
         if self.layers is None:
             return super()._forward(tokens)
@@ -64,8 +94,15 @@ class FastDecoder(ModelDecoder):
         cos, sin = self.cos[self.position, None], self.sin[self.position, None]  # [n, 1, dim]
         mask = self.mask[..., : self.column + 1] if self.padded else None
         for layer, cache, window in zip(self.layers, self.cache.layers, self.layer_windows):
-            hidden = layer(hidden, cos, sin, cache, mask, window)
+            hidden = layer(hidden, cos, sin, cache, mask, window, self.blocks)
         return self.head(self.norm(hidden))
+
+
+class _Block(NamedTuple):
+    """Rows of a batch, and how many columns of the cache are padding for all of them."""
+
+    rows: slice
+    padding: int
 
 
 class _Layer:
@@ -86,7 +123,14 @@ class _Layer:
         self.down = _residual(mlp.down_proj)
 
     def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: GrowingLayer, mask: Tensor | None, window: int
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: GrowingLayer,
+        mask: Tensor | None,
+        window: int,
+        blocks: list[_Block],
     ) -> Tensor:
         n, h, k = len(hidden), self.heads, self.kv_heads
         qkv = self.qkv(self.norm_1(hidden)).view(n, h + 2 * k, self.dim)
@@ -99,7 +143,13 @@ class _Layer:
             keys, values = keys[:, :, -window:], values[:, :, -window:]
             mask = mask[..., -window:] if mask is not None else None
         queries = qk[:, :h].reshape(n, k, self.groups, self.dim)
-        mixed = _attend(queries.to(keys.dtype), keys, values.to(keys.dtype), mask, self.scale)
+        queries, values = queries.to(keys.dtype), values.to(keys.dtype)
+        parts = []
+        for rows, padding in blocks:
+            masked = mask[rows, ..., padding:] if mask is not None else None
+            attended = _attend(queries[rows], keys[rows, :, padding:], values[rows, :, padding:], masked, self.scale)
+            parts.append(attended)
+        mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
         hidden = self.out(hidden, mixed.reshape(n, h * self.dim))
         gate, up = self.gate_up(self.norm_2(hidden)).chunk(2, -1)
         return self.down(hidden, self.act(gate) * up)
