@@ -35,6 +35,7 @@ class CarrylessDataModule(PromptDataModule):
         seed: decides the training problems.
         held_out: fraction of all problems that training never sees.
         val_size: number of held-out problems.
+        val_samples: completions of each.
     """
 
     def __init__(
@@ -44,16 +45,17 @@ class CarrylessDataModule(PromptDataModule):
         seed: int = 0,
         held_out: float = 0.1,
         val_size: int = 256,
+        val_samples: int = 1,
     ) -> None:
         super().__init__(eval_batch_size=256)
         self.replay, self.digits, self.seed = replay, digits, seed
-        self.held_out, self.val_size = held_out, val_size
+        self.held_out, self.val_size, self.val_samples = held_out, val_size, val_samples
 
     def build(self, stage: str) -> None:
         if self.replay:
             self.train_stream = GeneratedStream(self.demonstration, mix_seeds(self.seed, "carryless"), "carryless")
         problems = GeneratedStream(self.held_out_problem, mix_seeds("carryless validation"), "carryless")
-        self.eval_sets = [EvalSet("carryless", problems, limit=self.val_size, samples=4)]
+        self.eval_sets = [EvalSet("carryless", problems, limit=self.val_size, samples=self.val_samples)]
 
     def draw(self, rng: random.Random, held_out: bool) -> Record:
         """A problem on one side of the split."""

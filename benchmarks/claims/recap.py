@@ -22,8 +22,8 @@ CLAIM = Claim(
     "term.",
     warm_start=WarmStart(("configs/quickstart-warmup.yaml", f"{CONFIGS}/recap-warmup.yaml")),
     overrides={
-        "model.init_args.max_rollouts": 240,
-        "model.init_args.optimizer.init_args.lr": 2e-4,
+        "model.init_args.max_rollouts": 120,
+        "model.init_args.optimizer.init_args.lr": 4e-4,
         "trainer.val_check_interval": 20,
     },
     arms=[
