@@ -28,9 +28,9 @@ LIGHTNING_COMMANDS = {
 
 def own_commands() -> dict[str, Callable[..., Any]]:
     """Commands beside LightningCLI's: name -> function whose signature is its command line."""
-    from lit_rl.commands import export, new_policy, replay
+    from lit_rl.commands import export, new_policy, replay, serve
 
-    return {"export": export, "new-policy": new_policy, "replay": replay}
+    return {"export": export, "new-policy": new_policy, "replay": replay, "serve": serve}
 
 
 def overview() -> str:

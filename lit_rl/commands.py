@@ -49,6 +49,38 @@ def replay(run: str, clock: int | None = None, tolerance: float = 1e-6) -> None:
         sys.exit(1)
 
 
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    arguments: list[str] | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Start a vLLM server that a run can sample from (`VLLMServerSampler`).
+
+    Args:
+        model: folder in hub format or hub id, the same as the run's policy.
+        host: address to listen at. Whoever reaches it can change the weights: keep it out of open networks.
+        port: port to listen at.
+        api_key: key that the run must give; default: the variable VLLM_API_KEY, or none.
+        arguments: further arguments of ``vllm serve``, such as ``["--tensor-parallel-size", "2"]``.
+        dry_run: print the command and the variables, and start nothing.
+    """
+    import os
+    import shlex
+
+    from lit_rl.samplers.vllm_engine import require_vllm
+    from lit_rl.samplers.vllm_worker import serve_command, serve_environment
+
+    command, variables = serve_command(model, host, port, arguments or []), serve_environment(api_key)
+    shown = {name: "***" if name == "VLLM_API_KEY" else value for name, value in variables.items()}
+    print(" ".join([*(f"{name}={value}" for name, value in shown.items()), shlex.join(command)]), flush=True)
+    if not dry_run:
+        require_vllm("lit-rl serve")
+        os.execvpe(command[0], command, os.environ | variables)
+
+
 def load_trained(run: str | Path, checkpoint: str = "last") -> tuple[Any, Any]:
     """The policy of a run with the weights of one of its checkpoints.
 

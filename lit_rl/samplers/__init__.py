@@ -11,6 +11,7 @@ from lit_rl.samplers.partial import PartialSampler
 from lit_rl.samplers.ray_sampler import RaySampler
 from lit_rl.samplers.two_stage import TwoStageSampler
 from lit_rl.samplers.vllm import VLLMSampler
+from lit_rl.samplers.vllm_server import VLLMServerSampler
 
 __all__ = [
     "AsyncSampler",
@@ -27,4 +28,5 @@ __all__ = [
     "Sampling",
     "TwoStageSampler",
     "VLLMSampler",
+    "VLLMServerSampler",
 ]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talking to a vLLM server: completions as token ids, weights through a file, which weights it has."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from lit_rl.samplers.base import Sampling
+from lit_rl.samplers.external import Order
+from lit_rl.samplers.vllm_engine import sampling_arguments
+
+ResultT = TypeVar("ResultT")
+
+
+class ServerGone(RuntimeError):
+    """The server does not answer, or answers with an error of its own."""
+
+
+def run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Run a coroutine to its end, also from inside of a running event loop (a notebook)."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+class Client:
+    """A vLLM server.
+
+    Args:
+        url: such as ``http://127.0.0.1:8000``.
+        api_key: the server's key, if it has one.
+        timeout: seconds after which a single answer, or the next piece of a streamed one, is given up.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Any]:
+        """Connections to the server."""
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, connect=self.timeout, sock_read=self.timeout)
+        connector = aiohttp.TCPConnector(limit=0)  # bounded by the sampler
+        async with aiohttp.ClientSession(headers=self.headers, timeout=limits, connector=connector) as session:
+            yield session
+
+    async def post(self, session: Any, path: str, body: Any = None) -> Any:
+        """Post JSON and return the JSON that comes back (None for an empty answer).
+
+        Raises:
+            ValueError: the request is wrong (status 4xx).
+            ServerGone: no answer, or status 5xx.
+        """
+        async with self._answer(session, path, body) as response:
+            text = await response.text()
+        return json.loads(text) if text else None
+
+    async def stream(self, session: Any, path: str, body: Any) -> AsyncIterator[Any]:
+        """Post JSON and yield the events of the answer."""
+        async with self._answer(session, path, body) as response:
+            async for line in response.content:
+                event = line.decode().removeprefix("data:").strip()
+                if event == "[DONE]":
+                    return
+                if event:
+                    found = json.loads(event)
+                    if "error" in found:
+                        raise ServerGone(f"{self.url}{path} answers {event}")
+                    yield found
+
+    @asynccontextmanager
+    async def _answer(self, session: Any, path: str, body: Any) -> AsyncIterator[Any]:
+        import aiohttp
+
+        try:
+            async with session.post(f"{self.url}{path}", json=body) as response:
+                if response.status >= 500:
+                    raise ServerGone(f"{self.url}{path} answers {response.status}: {(await response.text())[:500]}")
+                if response.status >= 400:
+                    raise ValueError(_refusal(f"{self.url}{path}", response.status, (await response.text())[:500]))
+                yield response
+        except (TimeoutError, aiohttp.ClientError, json.JSONDecodeError) as error:
+            raise ServerGone(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+
+    async def alive(self, session: Any) -> bool:
+        """Whether the server is up."""
+        import aiohttp
+
+        try:
+            async with session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(total=5)) as response:
+                return bool(response.status == 200)
+        except (TimeoutError, aiohttp.ClientError):
+            return False
+
+    async def ask_workers(self, session: Any, method: str, *arguments: str) -> str:
+        """Call a method of the workers (`lit_rl.samplers.vllm_worker`) and return the first one's answer."""
+        answer = await self.post(session, "/collective_rpc", {"method": method, "args": list(arguments)})
+        return str(answer["results"][0])
+
+
+def completion_body(model: str, order: Order, sampling: Sampling, stop_token_ids: set[int], stream: bool) -> Any:
+    """The body of a request to ``/v1/completions``, token ids in and out."""
+    return {
+        "model": model,
+        "prompt": order.context,
+        **sampling_arguments(sampling),
+        "seed": order.seed,
+        "max_tokens": order.budget,
+        "stop": [s for s in sampling.stop if s] or None,
+        "include_stop_str_in_output": True,
+        "stop_token_ids": sorted(stop_token_ids),
+        "ignore_eos": True,  # what ends a completion is in stop_token_ids
+        "skip_special_tokens": False,
+        "return_token_ids": True,
+        "stream": stream,
+    }
+
+
+def drawn_tokens(choice: Any) -> tuple[list[int], list[float]]:
+    """Token ids and log-probabilities of an answer's choice, or of a piece of it."""
+    tokens = list(choice.get("token_ids") or ())
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    if len(logprobs) != len(tokens):
+        raise ValueError(
+            f"The server returned {len(tokens)} token ids and {len(logprobs)} log-probabilities: lit-rl needs a vLLM "
+            "server that knows return_token_ids."
+        )
+    return tokens, [float(x) for x in logprobs]
+
+
+def _refusal(where: str, status: int, text: str) -> str:
+    if status == 401:
+        return f"{where} wants an API key: set api_key, or the variable VLLM_API_KEY."
+    if status == 404:
+        return (
+            f"{where} does not exist: start the server with `lit-rl serve`, which adds the worker extension and the "
+            "mode that weights are exchanged through."
+        )
+    return f"{where} refuses a request with status {status}: {text}"
