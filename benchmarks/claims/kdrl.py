@@ -22,7 +22,7 @@ CLAIM = Claim(
     "the teacher's term is annealed from 0.1 to 0.002 in 80 steps: the paper's 0.005 belongs to its model and learning rate.",
     warm_start=COLD_START,
     teacher=HALF_TRAINED,
-    overrides={"model.init_args.max_rollouts": 160, "trainer.val_check_interval": 10},
+    overrides={"model.init_args.max_rollouts": 120, "trainer.val_check_interval": 10},
     arms=[
         Arm("rl"),
         Arm(
