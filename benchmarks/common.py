@@ -81,11 +81,17 @@ class Report:
         parts = [f"{'#' * level} {self.title}", self.text.strip(), f"{self.hardware}."]
         if self.smoke:
             parts.append("**Sizes of a smoke test: these figures mean nothing.**")
-        for table in self.tables:
-            parts += [f"**{table.title}**", markdown_table(table.rows)]
+        parts += self._tables()
         if self.goals:
             parts.append(markdown_table([goal_row(g) for g in self.goals]))
         return "\n\n".join(parts) + "\n"
+
+    def tables_as_markdown(self) -> str:
+        """The tables and what they were measured on, for a page that explains them itself."""
+        return "\n\n".join([f"Measured on: {self.hardware}.", *self._tables()]) + "\n"
+
+    def _tables(self) -> list[str]:
+        return [part for table in self.tables for part in (f"**{table.title}**", markdown_table(table.rows))]
 
 
 def goal_row(goal: Goal) -> dict[str, Any]:

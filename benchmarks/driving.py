@@ -98,14 +98,20 @@ class Steps:
         self.sampler, self.model, self.sizes, self.seed = sampler, model, sizes, seed
         self.stream, self.score = Stream(tokenizer, problems), Score(tokenizer)
         self.cursor = self.version = 0
+        self.last: Rollouts | None = None
         with sampler.active():
             sampler.setup(model, tokenizer)
 
     def sync(self) -> float:
-        """Seconds until the sampler has been given the policy's weights."""
+        """Seconds until the sampler has been given the policy's weights, if it takes them at once."""
         start, self.version = time.perf_counter(), self.version + 1
         self.sampler.sync(self.model, self.version)
         return time.perf_counter() - start
+
+    def late_sync(self) -> float:
+        """Seconds of the last turn in which a sampler took weights that it only takes when it samples again."""
+        assert self.last is not None
+        return self.sampler.metrics(self.last).get("sync_seconds", 0.0)
 
     def next(self) -> Rollouts:
         """The completions of the next step."""
@@ -121,7 +127,8 @@ class Steps:
             score=self.score,
         )
         with self.sampler.active():
-            return self.sampler.sample(request)
+            self.last = self.sampler.sample(request)
+        return self.last
 
     def finish(self) -> int:
         """Wait for what was sampled ahead and forget it; how many tokens that was."""

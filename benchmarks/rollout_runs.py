@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import torch
 from benchmarks.common import median
 from benchmarks.peer import ours
 from benchmarks.peer.spec import Outcome, Spec, from_arguments
-from benchmarks.rollout_simulator import long_tailed
+from benchmarks.rollout_simulator import Lengths, long_tailed
 from lit_rl.hooks import RolloutCallback
 from lit_rl.samplers import AsyncSampler, HFSampler, PartialSampler, RolloutRequest, RolloutSampler
 
@@ -36,27 +37,41 @@ class Variant:
         sampler: ``"plain"``, ``"partial"`` or ``"async"``.
         threads: torch's threads in the training process.
         options: arguments of the sampler.
-        lengths: arguments of `benchmarks.rollout_simulator.long_tailed`: every completion is as long as this law says,
-            whatever the policy wants; None: the policy ends its completions.
+        lengths: name (`LAWS`) and arguments of a law: every completion is as long as this says, whatever the policy
+            wants; None: the policy ends its completions.
     """
 
     name: str
     sampler: str
     threads: int
     options: dict[str, Any] = field(default_factory=dict)
-    lengths: dict[str, float] | None = None
+    lengths: dict[str, Any] | None = None
+
+
+def pareto(smallest: int, exponent: float, limit: int, group_size: int, seed: int = 0) -> Lengths:
+    """Lengths of which a share of (smallest / t)^exponent is longer than t tokens, cut at a budget."""
+
+    def lengths(group: int) -> list[int]:
+        rng = random.Random(f"{seed}/{group}")
+        return [min(limit, round(smallest * rng.paretovariate(exponent))) for _ in range(group_size)]
+
+    return lengths
+
+
+LAWS: dict[str, Any] = {"log-normal": long_tailed, "Pareto": pareto}
 
 
 class ForcedLengths(RolloutCallback):
     """Gives each completion the budget that a law says; the sampler must ignore the end-of-sequence token.
 
     Args:
-        law: arguments of `benchmarks.rollout_simulator.long_tailed` without the group size.
+        law: ``name``, and the law's arguments without the group size.
         group_size: completions of a prompt.
     """
 
     def __init__(self, law: dict[str, Any], group_size: int) -> None:
-        self.lengths = long_tailed(**law, group_size=group_size)
+        rest = {key: value for key, value in law.items() if key != "name"}
+        self.lengths: Lengths = LAWS[law["name"]](**rest, group_size=group_size)
 
     def on_rollout_request(self, trainer: Any, module: Any, request: RolloutRequest) -> None:
         groups = [self.lengths(draw) for draw in request.prompts.draw.tolist()]

@@ -34,10 +34,13 @@ SCRIPTS: dict[str, list[str] | None] = {
     "scaling": ["--smoke", "--repeats", "3"],
     "overhead": ["--smoke", "--repeats", "5"],
     "callback_overhead": ["--smoke"],
+    "rollouts": ["--smoke"],
+    "two_stage": ["--smoke"],
     "simulate_rollouts": ["--smoke"],
     "imports": ["--smoke"],
 }
 PAGE = ROOT / "docs" / "benchmarks.md"
+EXCERPTS: dict[Path, tuple[str, ...]] = {ROOT / "docs" / "samplers.md": ("rollouts", "two_stage")}
 BEGIN, END = "<!-- benchmarks: begin (written by benchmarks/run_all.py) -->", "<!-- benchmarks: end -->"
 
 
@@ -76,13 +79,27 @@ def plain_section(name: str, data: dict[str, Any]) -> str:
 def write_page(results: Path) -> None:
     """Put the sections of all files of figures between the markers of the page."""
     found = [results / f"{name}.json" for name in SCRIPTS]
-    body = "\n".join(section(path) for path in found if path.exists())
-    before, begin, rest = PAGE.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE} must hold the lines {BEGIN!r} and {END!r}: the tables go between them.")
-    PAGE.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{after}")
-    print(f"Wrote {PAGE.relative_to(ROOT)}")
+    put_between(PAGE, BEGIN, END, "\n".join(section(path) for path in found if path.exists()))
+
+
+def write_excerpts(results: Path) -> None:
+    """Put the tables of some files of figures between their markers in other pages."""
+    for page, names in EXCERPTS.items():
+        for name in names:
+            path = results / f"{name}.json"
+            if path.exists():
+                begin, end = f"<!-- {name}: begin (written by benchmarks/run_all.py) -->", f"<!-- {name}: end -->"
+                put_between(page, begin, end, Report.load(path).tables_as_markdown())
+
+
+def put_between(page: Path, begin: str, end: str, body: str) -> None:
+    """Replace what stands between two lines of a page."""
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} must hold the lines {begin!r} and {end!r}: the tables go between them.")
+    page.write_text(f"{before}{begin}\n\n{body}\n{end}{after}")
+    print(f"Wrote {page.relative_to(ROOT)}")
 
 
 def run(name: str, target: Path, extra: list[str]) -> bool:
@@ -115,6 +132,7 @@ def main() -> None:
             failed.append(name)
     if not options.smoke:
         write_page(results)
+        write_excerpts(results)
     if failed:
         raise SystemExit(f"Failed: {', '.join(failed)}")
 

@@ -95,3 +95,28 @@ def test_time_to_reward_reads_the_first_evaluation_that_reaches_the_target():
     assert (found["seconds"], found["steps"], found["generated tokens"]) == (2.0, 1, 30)
     assert reached(outcome, 0.99)["seconds"] is None
     assert curve({"a": outcome})[1] == {"step": 1, "a: seconds": 2.0, "a: pass@1": 0.92}
+
+
+def test_other_pages_get_the_tables_alone(tmp_path, monkeypatch):
+    page = tmp_path / "samplers.md"
+    marks = "<!-- toy: begin (written by benchmarks/run_all.py) -->", "<!-- toy: end -->"
+    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    monkeypatch.setattr(run_all, "EXCERPTS", {page: ("toy", "not measured")})
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    make_report().save(tmp_path / "toy.json")
+    run_all.write_excerpts(tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "Measured on: a machine." in text
+    assert "**T**" in text
+    assert "old" not in text
+    assert "at most" not in text  # goals stay on the page of benchmarks
+
+
+def test_the_pages_have_the_markers_of_their_excerpts():
+    for page, names in run_all.EXCERPTS.items():
+        for name in names:
+            text = page.read_text()
+            begin = text.index(f"<!-- {name}: begin (written by benchmarks/run_all.py) -->")
+            assert 0 <= begin < text.index(f"<!-- {name}: end -->")
