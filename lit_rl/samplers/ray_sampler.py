@@ -131,6 +131,9 @@ class RaySampler(SamplerWrapper):
         self.pool = RayPool(self.placement, self._policy)
         self.pool.connect()
 
+    def check_setup(self, module: Any) -> None:
+        """What the inner sampler could not share with a trainer is no matter here: it has a process of its own."""
+
     def _policy(self) -> tuple[Any, int, WorkerSettings]:
         return self.model, self.policy_version, WorkerSettings(self._blueprint, self.tokenizer, True, self.device)
 
@@ -196,9 +199,10 @@ class RaySampler(SamplerWrapper):
         self._pending.clear()
 
     def boundary(self) -> Any:
-        return None
+        return self.estimate.copy()
 
     def return_to(self, boundary: Any) -> None:
+        self.estimate = boundary.copy()
         self._pending.clear()
 
     @contextmanager
@@ -212,11 +216,11 @@ class RaySampler(SamplerWrapper):
         return numbers | {"worker_restarts": float(self.restarts)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: completions hang on the request and the weights alone."""
-        return {}
+        """The expected lengths: they decide which rows share a batch, and so how log-probabilities are rounded."""
+        return {"lengths": self.estimate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is nothing to restore."""
+        self.estimate.load_state_dict(state["lengths"])
 
     def describe(self) -> str:
         p = self.placement

@@ -32,6 +32,7 @@ from lit_rl.samplers.workers import Engine, Weights, WorkerSettings
 
 _log = logging.getLogger(__name__)
 _AHEAD = 16  # decode steps that a watched worker may be ahead of what the trainer has looked at
+_SOON = 10.0  # seconds in which a cluster that has room makes it
 _PARTING = 5.0  # seconds that workers have to leave in good order
 
 
@@ -59,7 +60,7 @@ def pack(value: Any) -> Packed:
             if id(obj) not in tensors:
                 tensors[id(obj)] = obj, len(arrays)
                 flat = obj.detach().cpu().contiguous().flatten()
-                arrays.append(flat.view(torch.uint8).numpy() if len(flat) else flat.new_zeros(0, dtype=torch.uint8))
+                arrays.append((flat.view(torch.uint8) if len(flat) else torch.zeros(0, dtype=torch.uint8)).numpy())
             kind = type(obj) is torch.nn.Parameter
             return tensors[id(obj)][1], obj.dtype, tuple(obj.shape), kind, obj.requires_grad
 
@@ -264,6 +265,7 @@ class RayPool:
             )
         address = None
         if ranks.rank() == 0:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 is for machines that do other work
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(each.get("CPU", 0) * n * ranks_here)),
@@ -294,6 +296,8 @@ class RayPool:
 
         p = self.placement
         self._group = ray.util.placement_group([p.bundle()] * p.workers, strategy=p.strategy)
+        if not self._group.wait(min(p.start_timeout, _SOON)):
+            _log.warning("RaySampler waits for room for %d workers of %s each.", p.workers, p.bundle())
         if not self._group.wait(p.start_timeout):
             has = {k: v for k, v in ray.cluster_resources().items() if k in p.bundle()}
             raise RuntimeError(

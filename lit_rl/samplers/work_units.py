@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,29 @@ class LengthEstimate:
 
     def _mixed(self, old: float | None, new: float) -> float:
         return new if old is None else (1 - self.weight) * old + self.weight * new
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known, as tensors and plain values."""
+        names = list(dict.fromkeys(source for source, _ in self._by_prompt))
+        return {
+            "sources": dict(self._by_source),
+            "names": names,
+            "source": torch.tensor([names.index(source) for source, _ in self._by_prompt], dtype=torch.long),
+            "uid": torch.tensor([uid for _, uid in self._by_prompt], dtype=torch.long),
+            "length": torch.tensor(list(self._by_prompt.values()), dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        keys = zip([state["names"][i] for i in state["source"].tolist()], state["uid"].tolist())
+        self._by_prompt = OrderedDict(zip(keys, state["length"].tolist()))
+        self._by_source = dict(state["sources"])
+
+    def copy(self) -> LengthEstimate:
+        """One that learns on its own from here."""
+        twin = LengthEstimate(self.weight, self.prompts)
+        twin._by_prompt, twin._by_source = self._by_prompt.copy(), dict(self._by_source)
+        return twin
 
     def remaining(self, request: RolloutRequest) -> Tensor:
         """``[N]`` float: tokens that each row is expected to need yet.

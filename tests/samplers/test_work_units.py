@@ -177,6 +177,21 @@ def test_a_prefix_counts_and_one_that_is_longer_than_expected_is_given_its_budge
     assert estimate.remaining(replace(asked, prefix=prefix)).tolist() == [6, 28, 0]
 
 
+def test_what_is_known_is_stored_and_a_copy_learns_on_its_own(tmp_path):
+    estimate = LengthEstimate()
+    asked = request(1, max_tokens=40)
+    asked.prompts.source[1] = "other"
+    estimate.update(finished(asked, [10, 30, 7]))
+    torch.save(estimate.state_dict(), tmp_path / "state.pt")
+    resumed, twin = LengthEstimate(), estimate.copy()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    twin.update(finished(asked, [20, 20, 20]))
+    for other, expected in ((estimate, [10, 30, 7]), (resumed, [10, 30, 7]), (twin, [15, 25, 13.5])):
+        assert other.remaining(asked).tolist() == expected
+    fresh = replace(asked, prompts=replace(asked.prompts, uid=asked.prompts.uid + 50))
+    assert resumed.remaining(fresh).tolist() == [8.5, 30, 8.5]
+
+
 def test_the_prompts_not_seen_for_longest_are_forgotten():
     estimate = LengthEstimate(prompts=2)
     asked = request(1, max_tokens=40)
