@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,10 @@ def serve_command(
 
 
 def serve_environment(api_key: str | None) -> dict[str, str]:
-    """Variables that the server needs: its endpoints for weights are only there in what vLLM calls development mode."""
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return environment | ({"VLLM_API_KEY": api_key} if api_key else {})
+    """Variables that the server needs: its endpoints for weights are only there in what vLLM calls development mode.
+
+    On a CPU its cache gets 4 GiB and its threads any core, unless the environment says otherwise.
+    """
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    own = {name: value for name, value in defaults.items() if name not in os.environ}
+    return own | {"VLLM_SERVER_DEV_MODE": "1"} | ({"VLLM_API_KEY": api_key} if api_key else {})
