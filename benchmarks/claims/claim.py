@@ -144,6 +144,30 @@ def smallest(name: str) -> Read:
     return lambda run: min(value for _, value in series(run, name))
 
 
+def after(name: str, steps: int, clock: str | None = None) -> Read:
+    """The last value when so many training steps were done, or ``steps`` of another logged counter, from 0 on.
+
+    A run that goes back passes a step of such a counter more than once; what counts is the last time.
+    """
+
+    def read(run: Path) -> float:
+        where = None if clock is None else dict(series(run, clock))
+        return [v for c, v in series(run, name) if (c if where is None else where[c]) == steps - 1][-1]
+
+    return read
+
+
+def within(name: str, budget: float, cost: str, also: str | None = None) -> Read:
+    """The last value that was had for ``budget``, the sum of ``cost`` and ``also`` until then (see `reached`)."""
+    return lambda run: [v for c, v in series(run, name) if spent(run, c, cost, also) <= budget][-1]
+
+
+def spent(run: Path, clock: int, cost: str, also: str | None) -> float:
+    """Sum of one or two logged costs up to a step; the second is 0 in runs that never had it."""
+    paid = series(run, cost) + (scalars(run).get(also, []) if also is not None else [])
+    return sum(v for c, v in paid if c <= clock)
+
+
 def collapsed(name: str) -> Read:
     """1 if the last logged value is below half of the best one, else 0."""
     return lambda run: float(series(run, name)[-1][1] < largest(name)(run) / 2)
@@ -170,7 +194,6 @@ def reached(
             return [v for c, v in series(run, clock) if c <= when][-1]
         if cost is None:
             return float(when)
-        paid = series(run, cost) + (scalars(run).get(also, []) if also is not None else [])
-        return sum(v for c, v in paid if c <= when)
+        return spent(run, when, cost, also)
 
     return read

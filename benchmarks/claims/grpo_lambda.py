@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.claim import Arm, Claim, Metric, WarmStart, at_end, smallest, total
+from benchmarks.claims.claim import Arm, Claim, Metric, WarmStart, at_end, collapsed, smallest, total
 from benchmarks.claims.forced_length import forced_length_section
 from benchmarks.claims.report import Results, compare
 
@@ -51,6 +51,7 @@ CLAIM = Claim(
     ],
     metrics=[
         Metric("held-out pass@1 at the end", at_end("val/pass@1", over=3), "higher"),
+        Metric("runs that collapsed (end below half of their best)", collapsed("val/pass@1"), "lower", counts=True),
         Metric("lowest held-out pass@1", smallest("val/pass@1"), "higher"),
         Metric("tokens a held-out completion at the end", at_end("val/length_mean", over=3), "lower"),
         Metric("generated tokens, whole run", total("rollout/tokens"), "lower"),
