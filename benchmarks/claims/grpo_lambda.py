@@ -16,9 +16,9 @@ CLAIM = Claim(
     "the static penalty's collapse of accuracy does not happen.",
     source="arXiv 2505.18086",
     setup="A cold start (half of the quickstart's warm start), so that many groups are all wrong at first, from a teacher who states "
-    "every other column twice, so that there is length to save. Two static "
-    "penalties stand beside GRPO-λ (λ = 0.2, α = 0.6): `static-all` rewards every completion for being short, right or wrong, "
-    "as length rewards in general do; `static` is GRPO-λ with λ = 1, which penalises correct completions in every group.",
+    "every other column twice, so that there is length to save. Two static penalties stand beside GRPO-λ (λ = 0.2, α = 0.6). "
+    "`static` is the paper's: the same penalty in every group, on correct completions only, which is λ = 1. `static-all` "
+    "rewards every completion for being short, right or wrong, as length rewards in general do.",
     warm_start=WarmStart(
         overrides={
             "model.init_args.max_rollouts": 300,
@@ -63,8 +63,14 @@ CLAIM = Claim(
 
 def verdict(results: Results) -> str:
     """What the numbers say."""
-    length = compare(results, "grpo", "lambda", "tokens a held-out completion at the end")
-    collapse = compare(results, "grpo", "static-all", "held-out pass@1 at the end")
-    static = compare(results, "grpo", "static", "held-out pass@1 at the end")
-    accuracy = compare(results, "grpo", "lambda", "held-out pass@1 at the end")
-    return f"Length, lambda against grpo: {length}. Accuracy, static-all: {collapse}; static: {static}; lambda: {accuracy}."
+    end, collapses, _, length, _ = (m.label for m in results.claim.metrics)
+    fallen = {arm: f"{sum(results.values(arm, collapses)):.0f} of {len(results.seeds)}" for arm in results.runs}
+    return (
+        f"Length against grpo: static {compare(results, 'grpo', 'static', length)}; lambda "
+        f"{compare(results, 'grpo', 'lambda', length)}. Accuracy: static {compare(results, 'grpo', 'static', end)}; lambda "
+        f"{compare(results, 'grpo', 'lambda', end)}. Collapsed: static-all {fallen['static-all']} runs, static "
+        f"{fallen['static']}, lambda {fallen['lambda']}. So the shortening of GRPO-λ and its stability show here; that the "
+        "paper's own static penalty collapses does not. A right completion stays worth more than a wrong one under it, and "
+        "in runs of this length that is enough. The penalty that does collapse is the one that wrong completions can earn, "
+        "too."
+    )
