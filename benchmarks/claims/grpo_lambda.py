@@ -64,13 +64,17 @@ CLAIM = Claim(
 def verdict(results: Results) -> str:
     """What the numbers say."""
     end, collapses, _, length, _ = (m.label for m in results.claim.metrics)
-    fallen = {arm: f"{sum(results.values(arm, collapses)):.0f} of {len(results.seeds)}" for arm in results.runs}
+    fallen = {arm: int(sum(results.values(arm, collapses))) for arm in results.runs}
+    count = ", ".join(f"{arm} {fallen[arm]} of {len(results.seeds)} runs" for arm in ("static-all", "static", "lambda"))
+    static = (
+        "The collapse of the paper's own static penalty shows here, too."
+        if fallen["static"]
+        else "That the paper's own static penalty collapses does not show here: under it a right completion stays worth more "
+        "than a wrong one, which is enough for runs of this length. What collapses is a penalty that wrong completions can "
+        "escape by being short."
+    )
     return (
         f"Length against grpo: static {compare(results, 'grpo', 'static', length)}; lambda "
         f"{compare(results, 'grpo', 'lambda', length)}. Accuracy: static {compare(results, 'grpo', 'static', end)}; lambda "
-        f"{compare(results, 'grpo', 'lambda', end)}. Collapsed: static-all {fallen['static-all']} runs, static "
-        f"{fallen['static']}, lambda {fallen['lambda']}. So the shortening of GRPO-λ and its stability show here; that the "
-        "paper's own static penalty collapses does not. A right completion stays worth more than a wrong one under it, and "
-        "in runs of this length that is enough. The penalty that does collapse is the one that wrong completions can earn, "
-        "too."
+        f"{compare(results, 'grpo', 'lambda', end)}. Collapsed: {count}. {static}"
     )

@@ -43,8 +43,8 @@ def distances_section(results: Results) -> str:
         f"AutoNPO went back in {len({w.split(',')[0].split(' after')[0] for w in went_back})} of {len(results.seeds)} "
         f"runs: {'; '.join(went_back)}. What its probes found there, Δ* starred:\n\n"
         f"![Q̂, V̂ and Ŝ over Δ]({DOCS.name}/npo_distances.png)\n\n"
-        "In theory Q̂ rises and saturates, V̂ grows exponentially, and Ŝ has one maximum. Here Q̂ is nearly flat from the "
-        "smallest distance on, and V̂, from 32 short completions, is noisy: Ŝ is decided by V̂."
+        "In theory Q̂ rises and saturates, V̂ grows exponentially, and Ŝ has one maximum in between. The probes are small "
+        "here (32 completions), so V̂ is noisy."
     )
 
 
