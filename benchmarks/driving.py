@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class Steps:
         tokenizer: its tokenizer.
         problems: what the prompts are made of.
         sizes: of a step.
+        clock: seconds so far, such as `time.perf_counter` or `tree_cpu_seconds`.
         seed: of the sampling noise.
     """
 
@@ -93,9 +95,10 @@ class Steps:
         tokenizer: Any,
         problems: list[dict[str, Any]],
         sizes: Sizes,
+        clock: Callable[[], float] = time.perf_counter,
         seed: int = 0,
     ) -> None:
-        self.sampler, self.model, self.sizes, self.seed = sampler, model, sizes, seed
+        self.sampler, self.model, self.sizes, self.clock, self.seed = sampler, model, sizes, clock, seed
         self.stream, self.score = Stream(tokenizer, problems), Score(tokenizer)
         self.cursor = self.version = 0
         self.last: Rollouts | None = None
@@ -104,9 +107,9 @@ class Steps:
 
     def sync(self) -> float:
         """Seconds until the sampler has been given the policy's weights, if it takes them at once."""
-        start, self.version = time.perf_counter(), self.version + 1
+        start, self.version = self.clock(), self.version + 1
         self.sampler.sync(self.model, self.version)
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def late_sync(self) -> float:
         """Seconds of the last turn in which a sampler took weights that it only takes when it samples again."""
@@ -140,15 +143,26 @@ class Steps:
 
     def turn(self, steps: int) -> tuple[int, float]:
         """Tokens and seconds of some steps, with what was sampled ahead of the next one."""
-        start = time.perf_counter()
+        start = self.clock()
         tokens = sum(int(self.next().lengths.sum()) for _ in range(steps)) + self.finish()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return tokens, time.perf_counter() - start
+        return tokens, self.clock() - start
 
 
 def tree_peak_bytes() -> int:
     """Peak resident memory of this process and of all that descend from it, added up."""
+    return sum(_peak(pid) for pid in process_tree())
+
+
+def tree_cpu_seconds() -> float:
+    """Processor time that this process and all that descend from it have used; busy neighbours do not show in it."""
+    mine = os.getpid()
+    return time.process_time() + sum(_cpu_seconds(pid) for pid in process_tree() if pid != mine)
+
+
+def process_tree() -> set[int]:
+    """This process and all that descend from it."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -159,7 +173,15 @@ def tree_peak_bytes() -> int:
     tree = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
         tree |= more
-    return sum(_peak(pid) for pid in tree)
+    return tree
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak(pid: int) -> int:

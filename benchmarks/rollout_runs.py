@@ -115,8 +115,9 @@ def measure(spec: Spec, variants: list[Variant], rounds: int, warm: int) -> dict
     """Medians of the steps of each variant; the variants run in turn, ``rounds`` times, ``warm`` steps left out.
 
     Returns:
-        For each variant: ``seconds`` of a step, of its ``rollout`` and of its ``train`` part (all the rest),
-        ``completions``, ``tokens`` and ``completions/s`` (totals over the steps), and means of the sampler's numbers.
+        For each variant: ``seconds`` of a step, of its ``rollout`` and of its ``train`` part (all the rest); mean
+        ``tokens`` and ``processor`` seconds of a step (those of the training process); ``completions/s`` over all
+        steps, and ``completions/processor second``; the number of ``steps``; means of the sampler's numbers.
     """
     steps: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
     for turn in range(rounds):
@@ -132,8 +133,9 @@ def measure(spec: Spec, variants: list[Variant], rounds: int, warm: int) -> dict
             "rollout": median([s["rollout"] for s in taken]),
             "train": median([s["seconds"] - s["rollout"] for s in taken]),
             "tokens": sum(s["tokens"] for s in taken) / len(taken),
+            "processor": sum(s["processor"] for s in taken) / len(taken),
             "completions/s": rows * len(taken) / total,
-            "tokens/s": sum(s["tokens"] for s in taken) / total,
+            "completions/processor second": rows * len(taken) / sum(s["processor"] for s in taken),
             "steps": len(taken),
             **{key: sum(s.get(key, 0.0) for s in taken) / len(taken) for key in sorted(numbers)},
         }

@@ -37,10 +37,10 @@ WARM = 2  # turns of an engine that do not count
 class Generate:
     """`generate` of transformers in the place of a sampler: it has no weights of its own and returns no numbers."""
 
-    def __init__(self, model: Any, tokenizer: Any, problems: list[dict[str, Any]], sizes: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, problems: list[dict[str, Any]], sizes: Any, clock: Any) -> None:
         from benchmarks.driving import Stream
 
-        self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
+        self.model, self.tokenizer, self.sizes, self.clock = model, tokenizer, sizes, clock
         self.stream, self.cursor = Stream(tokenizer, problems), 0
 
     def sync(self) -> float:
@@ -53,10 +53,8 @@ class Generate:
 
     def turn(self, steps: int) -> tuple[int, float]:
         """Tokens and seconds of some steps."""
-        import time
-
-        start = time.perf_counter()
-        return sum(self.step() for _ in range(steps)), time.perf_counter() - start
+        start = self.clock()
+        return sum(self.step() for _ in range(steps)), self.clock() - start
 
     def step(self) -> int:
         """Tokens of the next step's completions, up to their ends."""
@@ -105,6 +103,15 @@ def kinds(threads: int) -> dict[str, Callable[[], Any] | None]:
     }
 
 
+def clock_of(options: argparse.Namespace) -> Callable[[], float]:
+    """What seconds are."""
+    import time
+
+    from benchmarks.driving import tree_cpu_seconds
+
+    return tree_cpu_seconds if options.clock == "processor" else time.perf_counter
+
+
 def load(policy: str, device: str) -> tuple[Any, Any]:
     """The policy and its tokenizer."""
     from lit_rl.policies import Policy
@@ -113,7 +120,7 @@ def load(policy: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def side_of(name: str, policy: str, sizes: Any, problems: list[dict[str, Any]], device: str) -> Any:
+def side_of(name: str, policy: str, sizes: Any, problems: list[dict[str, Any]], device: str, clock: Any) -> Any:
     """What generates in the row of that name, ready to work."""
     import torch
 
@@ -122,8 +129,8 @@ def side_of(name: str, policy: str, sizes: Any, problems: list[dict[str, Any]], 
     model, tokenizer = load(policy, device)
     build = kinds(torch.get_num_threads())[name]
     if build is None:
-        return Generate(model, tokenizer, problems, sizes)
-    return Steps(build(), model, tokenizer, problems, sizes)
+        return Generate(model, tokenizer, problems, sizes, clock)
+    return Steps(build(), model, tokenizer, problems, sizes, clock)
 
 
 def memory_of(name: str, **where: Any) -> int:
@@ -152,7 +159,8 @@ def engines(options: argparse.Namespace, report: Report) -> None:
     import torch
 
     policy, problems, sizes = workload(options)
-    where = {"policy": policy, "problems": problems, "sizes": sizes, "device": options.device}
+    clock = clock_of(options)
+    where = {"policy": policy, "problems": problems, "sizes": sizes, "device": options.device, "clock": clock}
     sides = {name: side_of(name, **where) for name in kinds(torch.get_num_threads())}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     syncs: dict[str, list[float]] = {name: [] for name in sides}
@@ -181,7 +189,8 @@ def engines(options: argparse.Namespace, report: Report) -> None:
         for name in sides
     ]
     turns = f"{options.steps} steps a turn, medians of {options.repeats} turns"
-    report.tables.append(Table(f"Generation: {sizes}; {turns}", rows))
+    seconds = "; seconds are of the processor" if options.clock == "processor" else ""
+    report.tables.append(Table(f"Generation: {sizes}; {turns}{seconds}", rows))
     speed = {name: median(found) for name, found in rates.items()}
     ratio = speed["HFSampler"] / speed["VLLMSampler"] if "VLLMSampler" in speed else None
     report.goals.append(Goal("HFSampler, times the tokens/s of VLLMSampler", ratio, "at least", 1.5))
@@ -248,21 +257,21 @@ def partial_table(title: str, law: dict[str, Any], options: argparse.Namespace) 
         prompts=str(write_jsonl(digit_problems(512, 8), "digits-short")), steps=steps, group_size=options.group_size,
         prompts_per_step=2 if options.smoke else 8, max_tokens=law["limit"], reward="spread",
     )  # fmt: skip
-    threads = len(os.sched_getaffinity(0))
+    busy = options.clock == "processor"
+    threads = 1 if busy else len(os.sched_getaffinity(0))
     variants = [Variant("HFSampler", "plain", threads, lengths=law)]
     for ratio in options.ratios:
         name = f"PartialSampler, M / N = {ratio:g}"
         variants.append(Variant(name, "partial", threads, {"oversampling": ratio}, law))
     found = measure(spec, variants, options.rounds, warm)
-    base = found["HFSampler"]
+    base, speed = found["HFSampler"], "completions/processor second" if busy else "completions/s"
     rows = [
         {
             "": name,
-            "completions/s": one["completions/s"],
-            "times": one["completions/s"] / base["completions/s"],
-            "step, seconds": one["seconds"],
-            "generation": one["rollout"],
-            "all else": one["train"],
+            speed: one[speed],
+            "times": one[speed] / base[speed],
+            "step, seconds": one["processor"] if busy else one["seconds"],
+            "share of generation, %": 100 * one["rollout"] / one["seconds"],
             "tokens a step": int(one["tokens"]),
             "old tokens, %": 100 * one.get("sampler/off_policy_ratio", 0.0),
             "computed again, a step": int(one.get("sampler/prefilled_tokens", 0.0)),
@@ -270,7 +279,8 @@ def partial_table(title: str, law: dict[str, Any], options: argparse.Namespace) 
         for name, one in found.items()
     ]
     sizes = f"whole GRPO steps of {spec.prompts_per_step} × {spec.group_size} completions of at most {law['limit']}"
-    return Table(f"Partial rollouts: {sizes}; {title}; {base['steps']} steps each", rows)
+    how = "one thread, seconds of the processor" if busy else f"{threads} threads"
+    return Table(f"Partial rollouts: {sizes}; {title}; {base['steps']} steps each, {how}", rows)
 
 
 def asynchronous(options: argparse.Namespace, report: Report) -> None:
@@ -328,11 +338,29 @@ def verdict(found: dict[str, dict[str, float]], together: str, ahead: str) -> st
     return f" On this machine AsyncSampler is {ratio:.2f} times as fast as the synchronous run with all cores."
 
 
+TITLES = {"engines": "Generation", "partial": "Partial", "async": "Asynchronous"}
+GOALS = {"engines": "HFSampler", "partial": "PartialSampler", "async": "AsyncSampler"}
+
+
+def keep_other_parts(report: Report, parts: list[str], path: Path) -> None:
+    """Take what was not measured in this run from the report of an earlier one, in the order of the parts."""
+    old = Report.load(path)
+    tables, goals = list(report.tables), list(report.goals)
+    report.tables, report.goals = [], []
+    for part in PARTS:
+        new = part in parts
+        report.tables += [t for t in (tables if new else old.tables) if t.title.startswith(TITLES[part])]
+        report.goals += [g for g in (goals if new else old.goals) if g.what.startswith(GOALS[part])]
+    kept = [sentence for sentence in old.text.split(". ") if "On this machine" in sentence and "async" not in parts]
+    report.text += "".join(f" {sentence.strip('.')}." for sentence in kept)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = arguments(__doc__)
     add_device(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--update", action="store_true", help="keep the other parts of the report that --json names")
     parser.add_argument("--prompts", type=int, default=16, help="N, prompts of a step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -341,6 +369,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant, in turn")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0], help="M / N of partial rollouts")
     parser.add_argument("--longest", type=int, default=1024, help="budget of the long-tailed laws, in tokens")
+    parser.add_argument(
+        "--clock", choices=["wall", "processor"], default="wall",
+        help="processor: on a busy machine, with OMP_NUM_THREADS=1; the table of async always goes by the wall clock",
+    )  # fmt: skip
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.smoke:
@@ -354,7 +386,8 @@ def main() -> None:
     options = parse()
     if options.memory:
         policy, problems, sizes = workload(options)
-        print(memory_of(options.memory, policy=policy, problems=problems, sizes=sizes, device=options.device))
+        where = {"problems": problems, "sizes": sizes, "device": options.device, "clock": clock_of(options)}
+        print(memory_of(options.memory, policy=policy, **where))
         return
     report = Report(
         "rollouts",
@@ -370,6 +403,8 @@ def main() -> None:
     parts = {"engines": engines, "partial": partial, "async": asynchronous}
     for name in options.parts:
         parts[name](options, report)
+    if options.update and options.json and options.json.exists():
+        keep_other_parts(report, options.parts, options.json)
     finish(report, options)
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +65,14 @@ class Stopwatch(Callback):
         self.spec, self.outcome = spec, outcome
         self.clock = Clock()
         self.began: float | None = None
+        self.processor = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.clock = Clock()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.close()
-        self.began = self.clock.seconds()
+        self.began, self.processor = self.clock.seconds(), time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -85,6 +87,7 @@ class Stopwatch(Callback):
         now, metrics = self.clock.seconds(), self.metrics
         step = {stage: metrics[f"time/{stage}"] for stage in STAGES if f"time/{stage}" in metrics}
         step |= {"seconds": now - self.began, "at": now, "tokens": metrics["rollout/tokens"]}
+        step["processor"] = time.process_time() - self.processor
         step["reward_mean"] = metrics["reward/mean"]
         step |= {name: value for name, value in metrics.items() if name.startswith("sampler/")}
         self.outcome.steps.append(step)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import rollouts, two_stage
-from benchmarks.common import Table
+from benchmarks.common import Goal, Report, Table
 from benchmarks.driving import Score, Sizes, Steps, Stream, tree_peak_bytes
 from benchmarks.peer.ours import EndlessSampler
 from benchmarks.rollout_runs import ForcedLengths, Variant, pareto, sampler_of
@@ -123,6 +123,23 @@ def test_the_verdict_names_the_faster_of_two_ways():
         seconds, "b", "a"
     )
     assert rollouts.verdict(seconds, "not run", "b") == ""
+
+
+def test_a_part_can_be_measured_again_beside_the_others(tmp_path):
+    def report(tables: list[str], goals: list[str], text: str) -> Report:
+        made = [Table(title, [{"a": len(text)}]) for title in tables]
+        return Report("rollouts", "T", text, "m", {}, made, [Goal(g, 1.0, "at least", 1) for g in goals])
+
+    old = report(
+        ["Generation", "Partial rollouts: a", "Asynchronous rollouts"], ["HFSampler, x", "AsyncSampler, y"],
+        "What it is. On this machine AsyncSampler is 1.10 times as fast as the synchronous run with all cores.",
+    )  # fmt: skip
+    old.save(tmp_path / "r.json")
+    new = report(["Partial rollouts: b"], ["PartialSampler, z"], "What it is.")
+    rollouts.keep_other_parts(new, ["partial"], tmp_path / "r.json")
+    assert [t.title for t in new.tables] == ["Generation", "Partial rollouts: b", "Asynchronous rollouts"]
+    assert [g.what for g in new.goals] == ["HFSampler, x", "PartialSampler, z", "AsyncSampler, y"]
+    assert new.text == old.text
 
 
 def test_the_verdict_on_four_bits_is_in_numbers():
