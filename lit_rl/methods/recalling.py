@@ -119,9 +119,15 @@ class RecallStage:
 
 def frozen_logprobs(module: RLModule, rollouts: Rollouts, name: str) -> None:
     """Provider of ``logprobs.<name>``: one of the module's frozen policies scores the batch."""
-    policy: FrozenPolicy = module.frozen_policies()[name]
-    with policy.model(module.model) as model:
-        rollouts.logprobs[name] = module.policy_logprobs(rollouts, model)[0]
+    rollouts.logprobs[name] = scored_by(module.frozen_policies()[name], module, rollouts)
+
+
+def scored_by(policy: FrozenPolicy, module: RLModule, rollouts: Rollouts) -> Tensor:
+    """``[N, T]``: a frozen policy's log-probabilities of a batch."""
+    temperature = module.sampling.temperature or 1.0
+    return policy.score(
+        module.model, rollouts, lambda batch, model: module.policy_logprobs(batch, model)[0], temperature
+    )
 
 
 def policy_entropy(module: RLModule, rollouts: Rollouts) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.methods.module import RLModule
-from lit_rl.methods.recalling import Provider
+from lit_rl.methods.recalling import Provider, scored_by
 from lit_rl.methods.terms import Current, PolicyTerm, Signals, TokenTerm
 from lit_rl.objectives import Divergence
 from lit_rl.policies import FrozenPolicy, TokenStates, completion_states
@@ -133,8 +133,7 @@ def teacher_logprobs(module: Any, rollouts: Rollouts) -> None:
         part = rollouts.select(rows)
         # With the teacher's own prompts, so that micro-batches are cut by the length that it reads.
         part = replace(part, prompts=replace(part.prompts, ids=module.shown_to(teacher, part.prompts)))
-        with teacher.model(module.model) as model:
-            found = module.policy_logprobs(part, model)[0]
+        found = scored_by(teacher, module, part)
         scores = scores.to(found.dtype).index_copy(0, rows, found)
     module.ledger.mean("teacher/absent_ratio", (~module.taught(rollouts)).float())
     rollouts.logprobs["teacher"] = scores
@@ -189,6 +188,8 @@ class DivergenceTerm(TokenTerm):
     def __init__(self, module: Taught, divergence: Divergence, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.module, self.divergence = module, divergence
+        for teacher in module.teachers:
+            teacher.require_states()
 
     def trained(self, batch: Rollouts) -> Tensor:
         return super().trained(batch) * self.module.taught(batch)[:, None]

@@ -14,6 +14,7 @@ from lit_rl.policies.scoring import (
     find_head,
     token_logprobs,
 )
+from lit_rl.policies.served import Served
 from lit_rl.policies.teacher import PrivilegedPrompt, Teacher
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryPlan",
     "Policy",
     "PrivilegedPrompt",
+    "Served",
     "Snapshot",
     "Teacher",
     "TokenStates",

@@ -23,6 +23,7 @@ from lit_rl.policies.scoring import evaluation_mode
 
 if TYPE_CHECKING:
     from lit_rl.policies.plan import MemoryPlan
+    from lit_rl.rollouts import Rollouts
 
 
 class FrozenPolicy(ABC):
@@ -36,6 +37,22 @@ class FrozenPolicy(ABC):
 
     def convert(self, convert: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027
         """Do to own weights what the trainer's precision did to the policy's (``bf16-true`` and the like)."""
+
+    gives_states: bool = True  # whether `model` exists: a server only has `score`
+
+    def score(
+        self, live: nn.Module, rollouts: Rollouts, by: Callable[[Rollouts, nn.Module], Tensor], temperature: float
+    ) -> Tensor:
+        """``[N, T]``: log-probabilities of the completions of a batch, 0 outside of them.
+
+        Args:
+            live: the policy being trained.
+            rollouts: the batch, with the prompts that this policy is to see.
+            by: scores a batch under a model of this process.
+            temperature: divides the logits; ``by`` knows it.
+        """
+        with self.model(live) as model:
+            return by(rollouts, model)
 
     @abstractmethod
     @contextmanager

@@ -23,7 +23,7 @@ from lit_rl.policies.scoring import find_head
 if TYPE_CHECKING:
     from lit_rl.policies.plan import MemoryPlan
     from lit_rl.prompts import PromptEncoder
-    from lit_rl.rollouts import Prompts
+    from lit_rl.rollouts import Prompts, Rollouts
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -176,6 +176,8 @@ class Teacher(FrozenPolicy):
 
     def check_vocabulary(self, live: nn.Module, tokenizer: Any) -> None:
         """Raise ``ValueError`` unless token ids mean the same to the teacher and to the policy."""
+        if not self.policy.gives_states:
+            return  # a server: its answers are by token id, and one that it does not know is an error
         with self.policy.model(live) as own:
             if own is not live:
                 check_same_vocabulary(live, tokenizer, own, getattr(self.policy, "tokenizer", None))
@@ -185,6 +187,19 @@ class Teacher(FrozenPolicy):
 
     def convert(self, convert: Callable[[nn.Module], nn.Module]) -> None:
         self.policy.convert(convert)
+
+    def score(
+        self, live: nn.Module, rollouts: Rollouts, by: Callable[[Rollouts, nn.Module], Tensor], temperature: float
+    ) -> Tensor:
+        if not self.policy.gives_states:
+            return self.policy.score(live, rollouts, by, temperature)
+        return super().score(live, rollouts, by, temperature)
+
+    def require_states(self) -> None:
+        """Raise ``ValueError`` if this teacher scores tokens only, and has no distributions to compare with."""
+        if not self.policy.gives_states:
+            with self.policy.model(nn.Identity()):
+                pass
 
     @contextmanager
     def model(self, live: nn.Module) -> Iterator[nn.Module]:

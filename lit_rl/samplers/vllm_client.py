@@ -61,6 +61,11 @@ class Client:
             text = await response.text()
         return json.loads(text) if text else None
 
+    async def get(self, session: Any, path: str) -> Any:
+        """Get JSON; raises as `post`."""
+        async with self._answer(session, path, None, method="get") as response:
+            return await response.json()
+
     async def stream(self, session: Any, path: str, body: Any) -> AsyncIterator[Any]:
         """Post JSON and yield the events of the answer."""
         async with self._answer(session, path, body) as response:
@@ -75,11 +80,11 @@ class Client:
                     yield found
 
     @asynccontextmanager
-    async def _answer(self, session: Any, path: str, body: Any) -> AsyncIterator[Any]:
+    async def _answer(self, session: Any, path: str, body: Any, method: str = "post") -> AsyncIterator[Any]:
         import aiohttp
 
         try:
-            async with session.post(f"{self.url}{path}", json=body) as response:
+            async with session.request(method, f"{self.url}{path}", json=body) as response:
                 if response.status >= 500:
                     raise ServerGone(f"{self.url}{path} answers {response.status}: {(await response.text())[:500]}")
                 if response.status >= 400:

@@ -151,8 +151,8 @@ class VLLMServerSampler(RolloutSampler):
         """What the server calls the model, and how many positions it has."""
 
         async def ask() -> Any:
-            async with self.client.session() as session, session.get(f"{self.client.url}/v1/models") as response:
-                return await response.json()
+            async with self.client.session() as session:
+                return await self.client.get(session, "/v1/models")
 
         if not self._name:
             found = run(ask())["data"][0]

@@ -130,6 +130,15 @@ def test_a_server_that_fails_too_often_ends_the_run(bench: SamplerBench, shared:
         bench.sample()
 
 
+def test_it_scores_as_a_teacher(bench: SamplerBench, shared: Any) -> None:
+    from lit_rl.policies import Served
+
+    out = bench.sample()
+    served = Served(shared.client.url, api_key="secret")
+    found = served.score(bench.model, out, lambda rollouts, model: torch.zeros(0), temperature=1.0)
+    torch.testing.assert_close(found, out.logprobs["sampler"], atol=1e-4, rtol=0)
+
+
 def test_a_run_trains_with_it(bench: SamplerBench, shared: Any, tmp_path: Path) -> None:
     policy = make_policy(tmp_path / "policy", **SHAPE, max_position_embeddings=128)
     module = make_module(str(policy), max_rollouts=3, sampler=shared)
