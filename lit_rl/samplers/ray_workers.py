@@ -78,7 +78,8 @@ def unpack(packed: Packed, copy: bool = True) -> Any:
             index, dtype, shape, parameter, requires_grad = pid
             if index not in made:
                 array = packed.arrays[index]
-                tensor = torch.as_tensor(array.copy() if copy else array).view(dtype).view(shape)
+                flat = torch.as_tensor(array.copy() if copy else array)
+                tensor = flat.view(dtype).view(shape) if len(flat) else torch.empty(shape, dtype=dtype)
                 made[index] = torch.nn.Parameter(tensor, requires_grad) if parameter else tensor
             return made[index]
 
