@@ -55,7 +55,7 @@ class RaySampler(SamplerWrapper):
         inner: generates, in each worker. Default `HFSampler`.
         workers: number of actors of each rank.
         address: None: what the environment variable ``RAY_ADDRESS`` says, else a Ray of its own on this machine.
-            ``"auto"``: the cluster that this machine belongs to. ``"ray://host:port"``: one that is elsewhere.
+            ``"auto"``: the cluster that this machine belongs to. Anything else goes to ``ray.init`` as it is.
         num_cpus: CPUs that Ray reserves for a worker; also its torch threads (rounded down, at least 1).
         num_gpus: GPUs of a worker; a part of one lets workers share it.
         resources: custom resources of a worker, by name.
