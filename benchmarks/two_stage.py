@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import Report, Table, add_device, arguments, finish, hardware, median
-from benchmarks.rollouts import MIB, installed, load
+from benchmarks.rollouts import MIB, clock_of, installed, load
 
 MODES = ("coupled", "verified", "fresh")
 
@@ -69,12 +68,13 @@ def drive(name: str, workload: dict[str, Any], options: argparse.Namespace) -> d
     steps.sync()
     sampler.metrics(steps.next())  # libraries load and caches are made
     found: dict[str, list[float]] = {}
+    clock = clock_of(options)
     for _ in range(options.repeats):
         exact.decoded = exact.residual = 0
         steps.score.take()
-        start = time.perf_counter()
+        start = clock()
         rollouts = steps.next()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         explored = steps.score.take()[1]
         rollouts = steps.score(rollouts.to("cpu"))
         groups = contrast(rollouts.rewards, rollouts.group, len(rollouts.prompts))
@@ -132,7 +132,7 @@ def copies(shape: str, rows: int, tokens: int, options: argparse.Namespace) -> T
     table: list[dict[str, Any]] = []
     for kind in kinds:
         sampler: Any = HFSampler() if kind == kinds[0] else LowPrecisionSampler(HFSampler(), kind)  # type: ignore[arg-type]
-        steps = Steps(sampler, model, tokenizer, problems, sizes)
+        steps = Steps(sampler, model, tokenizer, problems, sizes, clock_of(options))
         sync = median([steps.sync() for _ in range(3)])
         steps.turn(1)
         rates = [count / seconds for count, seconds in (steps.turn(1) for _ in range(options.repeats))]
@@ -170,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--oversampling", type=float, default=2.0, help="prompts explored for each one that mode fresh keeps"
     )
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="as in rollouts.py")
     options = parser.parse_args()
     options.kind = options.kind or ("nf4" if installed("bitsandbytes") else "nf4-rounded")
     if options.smoke:
@@ -225,7 +226,8 @@ def main() -> None:
         "The three ways in which `TwoStageSampler` makes completions of its low-precision explorer exact, beside plain "
         "sampling from the policy, weights frozen. *Contrast* is the standard deviation of the final rewards in a "
         "group; *worth* is contrast for each token that passed through the full-precision policy (decoded or scored), "
-        "as a multiple of plain sampling's. Numbers of tokens are those of a step.",
+        "as a multiple of plain sampling's. Numbers of tokens are those of a step."
+        + (" Seconds are of the processor." if options.clock == "processor" else ""),
         hardware(options.device),
         {k: v for k, v in vars(options).items() if k != "json"},
     )
