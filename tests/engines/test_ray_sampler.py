@@ -415,7 +415,8 @@ def test_a_run_resumes_bit_for_bit_and_is_the_run_of_one_process(local_ray: None
     train(tmp_path / "run", resumed, checkpoint=tmp_path / "run" / "checkpoints" / "clock00000002.ckpt")
     assert (resumed.clock, resumed.cursor) == (alone.clock, alone.cursor)
     assert_same_weights(final_state(alone), final_state(resumed))
-    assert resumed.sampler.estimate.state_dict()["uid"].numel() == 16, "the lengths of all four steps are known"
+    known = resumed.sampler.estimate.state_dict()["uid"]
+    assert len(known) > 2 * 4, "lengths of the steps before the checkpoint are known too"
 
 
 def test_closing_ends_the_workers_and_leaves_a_ray_that_was_there(local_ray: None, tmp_path: Path) -> None:
