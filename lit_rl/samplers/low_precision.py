@@ -34,7 +34,7 @@ class LowPrecisionSampler(SamplerWrapper):
         kind: how the copy's linear layers hold their weights.
 
             - ``"nf4"``, ``"fp4"``: 4 bits (bitsandbytes). Weights only: the copy takes about a quarter of the memory
-              of one in half precision; without kernels for it, a CPU's say, it is slower than the policy.
+              of one in half precision. On a CPU it is slower than that one, and for a small policy than the policy.
             - ``"bfloat16"``, ``"float16"``: the whole copy in half precision.
             - ``"nf4-rounded"``, ``"fp4-rounded"``, ``"int8-rounded"``: the values that these formats can hold, kept in
               the policy's own type: samples as the quantised policy would, at the policy's speed and memory. For tests,
