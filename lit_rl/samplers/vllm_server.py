@@ -164,7 +164,7 @@ class VLLMServerSampler(RolloutSampler):
         """Return when the server answers; start it if that is ours to do."""
 
         async def wait() -> bool:
-            deadline = time.monotonic() + self.patience
+            """Whether the server answers before the deadline; False at once if it is ours and has ended."""
             async with self.client.session() as session:
                 while not await self.client.alive(session):
                     if time.monotonic() > deadline or (self.start and not self._is_running()):
@@ -172,10 +172,13 @@ class VLLMServerSampler(RolloutSampler):
                     await asyncio.sleep(0.2)
             return True
 
-        if self.start and not self._is_running():
+        deadline = time.monotonic() + self.patience
+        up = run(wait())
+        if self.start and not up and not self._is_running():  # not there yet, or it has just died
             self._launch()
-        if not run(wait()):
-            status = f"ended with status {self._process.poll()}" if self._process is not None else "does not answer"
+            up = run(wait())
+        if not up:
+            status = "does not answer" if self._process is None else f"has the exit status {self._process.poll()}"
             what_next = self._last_words() if self.start else "Start it with `lit-rl serve MODEL`."
             raise RuntimeError(f"The vLLM server at {self.client.url} {status}. {what_next}")
 
