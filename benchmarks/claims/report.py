@@ -138,7 +138,7 @@ def spelled(overrides: Overrides) -> list[str]:
                 own = ", ".join(f"{k}={v!r}" for k, v in item.get("init_args", {}).items())
                 said.append(f"`{item['class_path'].rsplit('.', 1)[-1]}({own})`")
         else:
-            said.append(f"`{name}: {value}`")
+            said.append(f"`{name}` the teacher's folder" if value == "{teacher}" else f"`{name}: {value}`")
     return said
 
 
