@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_rl import distributed as ranks
 from lit_rl.checkpoint import RolloutCheckpoint, file_name
 from lit_rl.hooks import RolloutCallback, callbacks_with
+from lit_rl.policies.sharding import is_sharded
 from lit_rl.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -155,6 +156,10 @@ def check_rewinder(owner: RolloutCallback, module: RLModule) -> None:
             its state after this one has saved or restored it.
     """
     name = type(owner).__name__
+    if is_sharded(module):
+        raise ValueError(
+            f"{name} rewinds the run, which needs whole weights on every rank and these are sharded: use ddp."
+        )
     if module.sampler.carries_over:
         raise ValueError(
             f"{name} rewinds the run, but {type(module.sampler).__name__} carries completions over from step to step: "

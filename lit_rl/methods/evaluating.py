@@ -7,6 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,9 +47,20 @@ class Evaluation:
         self.begin_evaluation()
 
     def begin_evaluation(self: RLModule) -> None:
-        """Fresh metrics."""
+        """Fresh metrics, and whole weights until the end."""
         self.prepare_run()
         self.metrics = {}
+        self._whole_weights = ExitStack()
+        self._whole_weights.enter_context(self.placement.gathered(self))
+
+    def on_validation_end(self: RLModule) -> None:
+        self._whole_weights.close()
+
+    def on_test_end(self: RLModule) -> None:
+        self._whole_weights.close()
+
+    def on_predict_end(self: RLModule) -> None:
+        self._whole_weights.close()
 
     def validation_step(self: RLModule, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.measure(batch, dataloader_idx)

@@ -167,11 +167,12 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
         with self.ledger.timed("step"):
             seed_everything_from(self.seed, self.rollout_step, ranks.rank())
             self.remember_boundary()
-            rollouts = self.collect()
-            if self.interrupted:
-                return
-            rollouts = self.recall(rollouts)
-            rollouts = self.credit(rollouts)
+            with self.placement.gathered(self):
+                rollouts = self.collect()
+                if self.interrupted:
+                    return
+                rollouts = self.recall(rollouts)
+                rollouts = self.credit(rollouts)
             self.update(rollouts)
         self.finish_step(rollouts)
 

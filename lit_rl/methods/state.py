@@ -8,6 +8,7 @@ that rewind) and run state (``clock``, ``policy_version`` and everything that mu
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_rl import distributed as ranks
 from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals
 from lit_rl.methods.reporting import tensorboard_file
+from lit_rl.policies.sharding import Placement, Whole, check_strategy, placed
 
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule
@@ -37,6 +39,7 @@ class RunState:
     policy_version: int
     skipped_updates: int
     interrupted: bool  # the step that runs, or ran last, was cut short and will be undone
+    placement: Placement  # where the weights are
     required: list[str]
     providers: dict[str, Provider]
     _mismatch_known: bool
@@ -50,6 +53,8 @@ class RunState:
         """Start of a run: nothing drawn, nothing trained."""
         self.clock = self.rollout_step = self.cursor = self.policy_version = self.skipped_updates = 0
         self.required, self.loss_terms = [], []
+        self.placement = Whole()
+        self._whole_weights = ExitStack()  # open while an evaluation runs
         self.init_reporting()
         self.last_rollouts = None
         self._sampler_state: dict[str, Any] | None = None
@@ -91,6 +96,7 @@ class RunState:
     def check_setup(self: RLModule, stage: str) -> None:
         """Check that data, rewards, terms and callbacks fit together; ``ValueError`` says what to change."""
         self.loss_terms = self.terms()
+        check_strategy(self)
         self.check_columns(stage)
         if stage == "fit":
             self.stream = self.data.train_stream
@@ -170,6 +176,7 @@ class RunState:
         self.strict_loading: bool = all(p.requires_grad for p in self.model.parameters())
         for frozen in self.frozen_policies().values():
             frozen.setup(self.model)
+        self.placement = placed(self)
 
     def configure_optimizers(self: RLModule) -> Any:
         """The optimizer over the trainable parameters, with the scheduler if there is one."""
@@ -189,20 +196,26 @@ class RunState:
             frozen.convert(self.trainer.precision_plugin.convert_module)
             if name in self._frozen_states:
                 frozen.load_state_dict(self._frozen_states.pop(name))
-        self.sampler.setup(self.model, self.tokenizer)
-        self.sampler.sync(self.model, self.policy_version)
-        if self._sampler_state is not None:
-            self.sampler.load_state_dict(self._sampler_state)
-            self._sampler_state = None
+        self.placement.prepare(self)
+        with self.placement.gathered(self):
+            self.sampler.setup(self.model, self.tokenizer)
+            self.sampler.sync(self.model, self.policy_version)
+            if self._sampler_state is not None:
+                self.sampler.load_state_dict(self._sampler_state)
+                self._sampler_state = None
         self._prepared = True
 
     def on_fit_start(self: RLModule) -> None:
-        self.prepare_run()
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self.prepare_run()
         if self.rollout_step >= self.max_rollouts:
             self.trainer.should_stop = True
 
     def on_train_start(self: RLModule) -> None:
         """After a resume, tell TensorBoard to forget what was logged beyond the checkpoint."""
+        self.prepare_run()
+        if self.rollout_step >= self.max_rollouts:
+            self.trainer.should_stop = True
         if self.clock == 0:
             return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -234,6 +247,7 @@ class RunState:
         """Release processes; a later stage starts them again."""
         for reward in self.rewards:
             reward.close()
+        self._whole_weights.close()
         self.sampler.close()
         self._prepared = False
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +55,7 @@ class UpdateStage:
             scheduler = self.lr_schedulers()
             if scheduler is not None:
                 scheduler.step()  # type: ignore[union-attr, call-arg]
-        with self.ledger.timed("sync"):
+        with self.ledger.timed("sync"), self.placement.gathered(self):
             self.policy_version += 1
             self.sampler.sync(self.model, self.policy_version)
 
@@ -66,9 +65,10 @@ class UpdateStage:
         Returns:
             The mini-batch after the callbacks.
         """
-        for term in self.loss_terms:
-            term.prepare(self, mini)
-        mini = dispatch(self.trainer, self, "on_loss_weights", mini)
+        with self.placement.gathered(self):
+            for term in self.loss_terms:
+                term.prepare(self, mini)
+            mini = dispatch(self.trainer, self, "on_loss_weights", mini)
         active = torch.zeros(len(mini), dtype=torch.bool, device=self.device)
         for term in self.loss_terms:
             if term.coefficient(self) != 0:
@@ -95,19 +95,16 @@ class UpdateStage:
         """Backward over all micro-batches; the ranks may hold different numbers of them."""
         world = ranks.world_size()
         active = mini if len(rows) == len(mini) else mini.select(rows)
-        parts = self.micro_batch_rows(active)
-        if not parts:  # every rank takes part in the one synchronised backward pass
-            self.manual_backward(_zero_anchor(self.model))
-            return
+        parts = self.placement.passes(self.micro_batch_rows(active))
         for i, part in enumerate(parts):
-            synchronise = i == len(parts) - 1
-            strategy: Any = self.trainer.strategy
-            quiet = nullcontext() if synchronise or world == 1 else strategy.block_backward_sync()
-            with quiet:
+            last = i == len(parts) - 1
+            with self.placement.reduction(self, last):
+                if part is None:
+                    self.manual_backward(self.placement.empty_loss(self))
+                    continue
                 loss = self.micro_loss(active.select(part).trim(), denominators, first)
-                if (synchronise and world > 1) or not loss.requires_grad:  # a callback may have silenced every term
-                    loss = loss + _zero_anchor(self.model)
-                self.manual_backward(loss * world)  # DDP averages over ranks; the denominators are global already
+                loss = self.placement.joined(self, loss, last)
+                self.manual_backward(loss * world)  # ranks are averaged over; the denominators are global already
 
     def micro_loss(self: RLModule, micro: Rollouts, denominators: tuple[Tensor, ...], first: bool) -> Tensor:
         """Scalar loss of one micro-batch."""
@@ -132,7 +129,8 @@ class UpdateStage:
                     f"on_loss_terms gave the term {loss_term.name!r} a coefficient, but it was computed without "
                     "gradient because the method's own is 0: set that one, and scale it in on_loss_terms."
                 )
-        return sum((t.loss() for t in terms if float(t.coefficient) != 0), start=micro.loss_weights.new_zeros(()))
+        start = micro.loss_weights.new_zeros(()) + self.placement.anchor(current)
+        return sum((t.loss() for t in terms if float(t.coefficient) != 0), start=start)
 
     def live_terms(self: RLModule) -> list[Term]:
         """The terms that are computed: those with a coefficient, and those that are watched without one."""
@@ -221,8 +219,3 @@ class UpdateStage:
 
 def _nothing() -> None:
     """The closure of an inner update: gradients are there already."""
-
-
-def _zero_anchor(model: torch.nn.Module) -> Tensor:
-    """A zero that depends on every trained parameter, so that a rank without rows still joins the reduction."""
-    return sum((p.flatten()[:1].sum() * 0.0 for p in model.parameters() if p.requires_grad), start=torch.zeros(()))

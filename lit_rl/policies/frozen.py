@@ -212,7 +212,7 @@ class FrozenCopy(FrozenPolicy):
         live = dict(model.named_parameters())
         for name, tensor in self._own_weights().items():
             wide = _wide(tensor.dtype)
-            tensor.copy_(torch.lerp(tensor.to(wide), live[name].to(tensor.device, wide), share))
+            tensor.copy_(torch.lerp(tensor.to(wide), whole(live[name]).to(tensor.device, wide), share))
         self.taken_at, self._checksum = step, None
 
 
@@ -279,7 +279,7 @@ class EMA(Snapshot):
         else:
             live, own = dict(model.named_parameters()), self._own_weights()
             for name, average in self.average.items():
-                average.lerp_(live[name].to(average.dtype), 1 - self.decay)
+                average.lerp_(whole(live[name]).to(average.dtype), 1 - self.decay)
                 own[name].copy_(average)
         self.updates, self.taken_at, self._checksum = self.updates + 1, step, None
 
@@ -401,6 +401,12 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
             weighted += int((part * position).sum())
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {plain} {weighted};".encode())
     return digest.hexdigest()[:16]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of it if it is sharded over the ranks (a collective call)."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -271,9 +271,8 @@ def completion_states(
     if completion_mask.shape != completion_ids.shape or lengths.shape != (n,):
         raise ValueError("completion_mask must be [N, T] like completion_ids, and lengths [N].")
     row, token = wanted.nonzero(as_tuple=True)  # [M]
-    head = find_head(bare)
     if len(row) == 0:
-        return TokenStates(_no_states(bare), row, token, head)
+        return TokenStates(_no_states(bare), row, token, find_head(bare))
     prompts = _Prompts.stack(prompt_ids, prompt_index, n, device)
     fed, row_of_batch = wanted.any(1).nonzero()[:, 0], wanted.any(1).cumsum(0) - 1
     needed = prompts.length + torch.where(wanted, torch.arange(1, width + 1, device=device), 0).amax(1) - 1  # [N]
@@ -284,7 +283,8 @@ def completion_states(
         inputs["attention_mask"] = mask.long()
     hidden = _backbone(bare, ids, inputs)  # [N', S, H]
     at = row_of_batch[row] * ids.shape[1] + prompts.length[row] + token - 1  # the position before predicts a token
-    return TokenStates(hidden.flatten(0, 1).index_select(0, at), row, token, head)
+    # Only after the backbone: before it, a sharded head has no whole weight.
+    return TokenStates(hidden.flatten(0, 1).index_select(0, at), row, token, find_head(bare))
 
 
 def token_logprobs(
@@ -389,6 +389,9 @@ def _right_padded(
 
 def _backbone(bare: Any, ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Last hidden states ``[N, S, H]``, after the final norm."""
+    own = getattr(bare, "hidden_states", None)  # where calling the backbone takes more, see lit_rl.policies.sharding
+    if own is not None:
+        return own(input_ids=ids, use_cache=False, **inputs)
     return bare.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
 
 
