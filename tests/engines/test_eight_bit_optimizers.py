@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from extras import needs
 
 from lit_rl.cli import main
 from lit_rl.testing import check_resume, make_module, make_policy, train
 
-bnb = pytest.importorskip("bitsandbytes")
+bnb = needs("bitsandbytes")
 CONFIGS = Path(__file__).parents[2] / "configs" / "optimizers"
 
 
