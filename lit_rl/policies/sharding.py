@@ -177,7 +177,7 @@ def is_sharded(module: RLModule) -> bool:
     """Whether the trainer's strategy shards the policy."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    return isinstance(module.trainer.strategy, ModelParallelStrategy)
+    return isinstance(getattr(module.trainer, "strategy", None), ModelParallelStrategy)
 
 
 def _hollow_copy(model: nn.Module) -> Any:
