@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from benchmarks.claims.claim import Arm, Claim, Metric, WarmStart, at_end
-from benchmarks.claims.report import Results, compare
+from benchmarks.claims.report import Results, compare, seeds_higher
 
 CONFIGS = "benchmarks/claims/configs"
 SEEDED = {"data.init_args.sources.addition.init_args.seed": "{seed}"}
@@ -49,8 +49,10 @@ def verdict(results: Results) -> str:
     """What the numbers say."""
     kept, learned = (m.label for m in results.claim.metrics)
     return (
-        f"Task to be kept, against reasoning-only: uniform {compare(results, 'reasoning-only', 'uniform', kept)}; recap "
-        f"{compare(results, 'reasoning-only', 'recap', kept)}. Task to be learned, against reasoning-only: uniform "
+        f"Task to be kept, against reasoning-only: uniform {compare(results, 'reasoning-only', 'uniform', kept)} "
+        f"({seeds_higher(results, 'reasoning-only', 'uniform', kept)}); recap "
+        f"{compare(results, 'reasoning-only', 'recap', kept)} "
+        f"({seeds_higher(results, 'reasoning-only', 'recap', kept)}). Task to be learned, against reasoning-only: uniform "
         f"{compare(results, 'reasoning-only', 'uniform', learned)}; recap "
         f"{compare(results, 'reasoning-only', 'recap', learned)}; recap against uniform: "
         f"{compare(results, 'uniform', 'recap', learned)}."

@@ -86,6 +86,13 @@ def compare(results: Results, baseline: str, method: str, label: str) -> str:
     return difference(results.values(baseline, label), results.values(method, label), better)
 
 
+def seeds_higher(results: Results, baseline: str, method: str, label: str) -> str:
+    """In how many seeds a metric of one arm is higher than another's: where a few large values widen an interval."""
+    pairs = zip(results.values(baseline, label), results.values(method, label), strict=True)
+    higher = sum(m > b for b, m in pairs)
+    return f"higher in {higher} of {len(results.seeds)} seeds"
+
+
 def table(results: Results) -> str:
     """One row a metric: every arm's mean and interval, and its paired difference to the baseline."""
     first, *others = (arm.name for arm in results.claim.arms)
