@@ -17,8 +17,8 @@ CLAIM = Claim(
     "alone.",
     source="arXiv 2506.02208",
     setup="A cold start, where rewards are rare, and a teacher that is better than the student and far from perfect, so that "
-    "imitation ends at its level. `kd` is the teacher's term alone (reverse KL on the student's own completions, through "
-    "the same estimator k2), `rl` is GRPO, `kdrl` both. All sample 8 completions of 16 problems a step. The coefficient of "
+    "imitation cannot go beyond its level. `kd` is a teacher's term alone (OPD with the reverse KL over the vocabulary), "
+    "`rl` is GRPO, `kdrl` both. All sample 8 completions of 16 problems a step. The coefficient of "
     "the teacher's term is annealed from 0.1 to 0.002 in 80 steps: the paper's 0.005 belongs to its model and learning rate.",
     warm_start=COLD_START,
     teacher=HALF_TRAINED,
