@@ -125,7 +125,9 @@ def _sentence(complaint: Complaint, options: Iterable[str]) -> str:
             return f"{prefix}{option['group']} of {owner} has no key {option['name']!r}.{hint}"
         return f"There is no key {name}.{did_you_mean(name, known)}"
     if option:
-        return f"{prefix}{owner} has no argument {option['name']!r}.{did_you_mean(option['name'], arguments_of(owner))}"
+        known, first = arguments_of(owner), option["name"].partition(".")[0]
+        name = option["name"] if first in known else first  # "samplng.temperature" is a misspelt "sampling"
+        return f"{prefix}{owner} has no argument {name!r}.{did_you_mean(name, known)}"
     if unknown:
         known = set(dir(import_module(unknown["module"])))
         hint = did_you_mean(unknown["name"], known, prefix=f"{unknown['module']}.")

@@ -70,6 +70,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {f"{A}.group_sise": 4},
         "model: lit_rl.GRPO has no argument 'group_sise'. Did you mean group_size?",
     ),
+    "argument with parts of its own": (
+        {f"{A}.samplng": {"temperature": 0.5}},
+        "model: lit_rl.GRPO has no argument 'samplng'. Did you mean sampling?",
+    ),
     "argument of a reward": (
         {f"{A}.rewards": [{"class_path": "lit_rl.rewards.ExactMatchReward", "init_args": {"nme": "x"}}]},
         "model.rewards: lit_rl.rewards.ExactMatchReward has no argument 'nme'. Did you mean name?",
