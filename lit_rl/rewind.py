@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_rl import distributed as ranks
 from lit_rl.checkpoint import RolloutCheckpoint, file_name
 from lit_rl.hooks import RolloutCallback, callbacks_with
-from lit_rl.policies.sharding import is_sharded
+from lit_rl.methods.placement import is_sharded
 from lit_rl.storage import write_atomically
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed as ranks
 from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals
+from lit_rl.methods.placement import Placement, Whole, check_strategy, placed
 from lit_rl.methods.reporting import tensorboard_file
-from lit_rl.policies.sharding import Placement, Whole, check_strategy, placed
 
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule

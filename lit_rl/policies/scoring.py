@@ -389,7 +389,7 @@ def _right_padded(
 
 def _backbone(bare: Any, ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Last hidden states ``[N, S, H]``, after the final norm."""
-    own = getattr(bare, "hidden_states", None)  # where calling the backbone takes more, see lit_rl.policies.sharding
+    own = getattr(bare, "hidden_states", None)  # where calling the backbone takes more, see lit_rl.methods.placement
     if own is not None:
         return own(input_ids=ids, use_cache=False, **inputs)
     return bare.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state

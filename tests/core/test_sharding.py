@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 
 from lit_rl.checkpoint import RolloutCheckpoint, last_good_checkpoint
 from lit_rl.methods import OPSD
+from lit_rl.methods.placement import check_strategy, is_sharded, whole
 from lit_rl.policies import EMA, AdapterOff, FrozenCopy, Live, LoRA, Policy, PrivilegedPrompt, export
-from lit_rl.policies.sharding import check_strategy, is_sharded, whole
 from lit_rl.testing import assert_same_weights, make_module, make_policy, run_on_ranks, train
 from tests.core.runs import Refill
 from tests.core.test_ranks import Keep, Record, build, sgd
