@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_rl.policies.loading import DTypeName, Policy, Quantization
 from lit_rl.policies.scoring import evaluation_mode
+from lit_rl.policies.vocabulary import check_same_vocabulary
 
 if TYPE_CHECKING:
     from lit_rl.policies.plan import MemoryPlan
@@ -38,7 +39,19 @@ class FrozenPolicy(ABC):
     def convert(self, convert: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027
         """Do to own weights what the trainer's precision did to the policy's (``bf16-true`` and the like)."""
 
-    gives_states: bool = True  # whether `model` exists: a server only has `score`
+    def check_vocabulary(self, live: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` unless token ids mean the same to this policy and to the one being trained.
+
+        Args:
+            live: the policy being trained.
+            tokenizer: its tokenizer.
+        """
+        with self.model(live) as own:
+            if own is not live:
+                check_same_vocabulary(live, tokenizer, own, getattr(self, "tokenizer", None))
+
+    def require_states(self) -> None:  # noqa: B027
+        """Raise ``ValueError`` if this policy scores tokens only, and has no distributions to compare with."""
 
     def score(
         self, live: nn.Module, rollouts: Rollouts, by: Callable[[Rollouts, nn.Module], Tensor], temperature: float

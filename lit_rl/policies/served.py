@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from lit_rl.policies.frozen import FrozenPolicy
 from lit_rl.rollouts import Rollouts
+from lit_rl.serving import Client, ServerGone, run
+
+_PROBE = "Let 12 + 34 = x. Then\n x = 46; so f(x) = \\frac{x}{2}, or: 23?"
+_TOKENS_ONLY = (
+    "A served model gives log-probabilities of tokens only, and this method compares whole distributions: use a method "
+    "or loss that needs logprobs.teacher (OPD with loss='policy_gradient'), or load the teacher with Checkpoint."
+)
 
 
 class Served(FrozenPolicy):
@@ -35,8 +42,6 @@ class Served(FrozenPolicy):
         ValueError: an argument is out of range.
     """
 
-    gives_states = False
-
     def __init__(
         self,
         url: str,
@@ -49,8 +54,6 @@ class Served(FrozenPolicy):
         for name, value in (("concurrency", concurrency), ("timeout", timeout), ("attempts", attempts)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        from lit_rl.samplers.vllm_client import Client
-
         self.client = Client(url, api_key or os.environ.get("VLLM_API_KEY"), timeout)
         self.name, self.concurrency, self.attempts = model, concurrency, attempts
 
@@ -68,8 +71,6 @@ class Served(FrozenPolicy):
                 f"A server scores at temperature 1, but the policy samples at {temperature:g}: set "
                 "sampling.temperature=1, or load the teacher with Checkpoint."
             )
-        from lit_rl.samplers.vllm_client import run
-
         ids = rollouts.completions()
         rows = [(rollouts.prompts.ids[g].tolist(), own) for g, own in zip(rollouts.group.tolist(), ids)]
         found = run(self._score_all(rows))
@@ -87,8 +88,6 @@ class Served(FrozenPolicy):
 
     async def _score(self, session: Any, bound: asyncio.Semaphore, prompt: list[int], ids: list[int]) -> list[float]:
         """Log-probabilities of the tokens ``ids`` after ``prompt``."""
-        from lit_rl.samplers.vllm_client import ServerGone
-
         if not ids:
             return []
         body = {"model": self.name, "prompt": [*prompt, *ids], "max_tokens": 1, "prompt_logprobs": 0}
@@ -106,13 +105,29 @@ class Served(FrozenPolicy):
             raise RuntimeError(f"{self.client.url} returns no prompt_logprobs: it is no vLLM server, or an old one.")
         return [float(entry[str(token)]["logprob"]) for token, entry in zip(ids, entries[len(prompt) :], strict=True)]
 
+    def check_vocabulary(self, live: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` if the server makes other tokens of a text than the policy's tokenizer."""
+        mine = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        body = {"prompt": _PROBE, "add_special_tokens": False}
+
+        async def ask() -> Any:
+            async with self.client.session() as session:
+                return await self.client.post(session, "/tokenize", body)
+
+        theirs = run(ask())["tokens"]
+        if list(mine) != list(theirs):
+            raise ValueError(
+                f"The model at {self.client.url} has another tokenizer than the policy ({_PROBE!r} is {theirs} there "
+                f"and {mine} here). Probabilities of tokens can only be compared between models of one tokenizer: "
+                "serve a model of the same family."
+            )
+
+    def require_states(self) -> None:
+        raise ValueError(_TOKENS_ONLY)
+
     @contextmanager
     def model(self, live: nn.Module) -> Iterator[nn.Module]:
-        raise ValueError(
-            "A served model gives log-probabilities of tokens only, and this method compares whole distributions: use "
-            "a method or loss that needs logprobs.teacher (OPD with loss='policy_gradient'), or load the teacher with "
-            "Checkpoint."
-        )
+        raise ValueError(_TOKENS_ONLY)
         yield  # a context manager, as that of the others
 
     def identity(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.policies.frozen import Checkpoint, FrozenCopy, FrozenPolicy
-from lit_rl.policies.scoring import find_head
 
 if TYPE_CHECKING:
     from lit_rl.policies.plan import MemoryPlan
@@ -175,12 +174,7 @@ class Teacher(FrozenPolicy):
                 raise ValueError("offload=True would move weights that the teacher shares with the policy: remove it.")
 
     def check_vocabulary(self, live: nn.Module, tokenizer: Any) -> None:
-        """Raise ``ValueError`` unless token ids mean the same to the teacher and to the policy."""
-        if not self.policy.gives_states:
-            return  # a server: its answers are by token id, and one that it does not know is an error
-        with self.policy.model(live) as own:
-            if own is not live:
-                check_same_vocabulary(live, tokenizer, own, getattr(self.policy, "tokenizer", None))
+        self.policy.check_vocabulary(live, tokenizer)
 
     def to(self, device: torch.device | str) -> None:
         self.policy.to("cpu" if self.offload else device)
@@ -191,15 +185,12 @@ class Teacher(FrozenPolicy):
     def score(
         self, live: nn.Module, rollouts: Rollouts, by: Callable[[Rollouts, nn.Module], Tensor], temperature: float
     ) -> Tensor:
-        if not self.policy.gives_states:
-            return self.policy.score(live, rollouts, by, temperature)
-        return super().score(live, rollouts, by, temperature)
+        if self.offload:
+            return super().score(live, rollouts, by, temperature)
+        return self.policy.score(live, rollouts, by, temperature)
 
     def require_states(self) -> None:
-        """Raise ``ValueError`` if this teacher scores tokens only, and has no distributions to compare with."""
-        if not self.policy.gives_states:
-            with self.policy.model(nn.Identity()):
-                pass
+        self.policy.require_states()
 
     @contextmanager
     def model(self, live: nn.Module) -> Iterator[nn.Module]:
@@ -243,41 +234,3 @@ def assign(teachers: Sequence[Teacher], prompts: Prompts) -> Tensor:
         for source in prompts.source
     ]
     return torch.tensor(at, dtype=torch.long)
-
-
-def common_vocabulary(first: nn.Module, second: nn.Module) -> int:
-    """Rows that two heads have in common: families pad their heads to different multiples."""
-    return min(find_head(first).vocab_size, find_head(second).vocab_size)
-
-
-def check_same_vocabulary(student: nn.Module, tokenizer: Any, teacher: nn.Module, teacher_tokenizer: Any) -> int:
-    """Token ids must mean the same to both models; only the padding rows of their heads may differ.
-
-    Args:
-        student: the policy.
-        tokenizer: its tokenizer.
-        teacher: the teacher's model.
-        teacher_tokenizer: its tokenizer; None if it is a copy of the policy.
-
-    Returns:
-        The number of rows that both heads have.
-
-    Raises:
-        ValueError: an id stands for two different tokens, or one of the heads is shorter than the vocabulary.
-    """
-    mine = tokenizer.get_vocab()
-    theirs = mine if teacher_tokenizer is None else teacher_tokenizer.get_vocab()
-    if mine != theirs:
-        differing = next(token for token in {**mine, **theirs} if mine.get(token) != theirs.get(token))
-        raise ValueError(
-            f"The teacher's vocabulary is not the policy's: {differing!r} has the id {theirs.get(differing)} there and "
-            f"{mine.get(differing)} here ({len(theirs)} and {len(mine)} tokens). Probabilities of tokens can only be "
-            "compared between models of one tokenizer: choose a teacher of the same family."
-        )
-    common = common_vocabulary(student, teacher)
-    if common <= max(mine.values()):
-        raise ValueError(
-            f"The tokenizer has ids up to {max(mine.values())}, but one of the two heads has only {common} rows: use "
-            "models whose heads hold the whole vocabulary."
-        )
-    return common

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-import math
+import logging
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_rl.policies.scoring import evaluation_mode
+from lit_rl.objectives import OffPolicyCorrection
+from lit_rl.policies.scoring import bare_model, find_head
 from lit_rl.rollouts import Rollouts, StopReason
-from lit_rl.samplers.base import Interrupt, RolloutRequest, Sampling
-from lit_rl.samplers.stopping import StopStrings, end_token_ids
-from lit_rl.samplers.support import processed_logprobs
+from lit_rl.samplers.agreement import Agreement
+from lit_rl.samplers.base import Interrupt, RolloutRequest, RolloutSampler
+from lit_rl.samplers.stopping import Stopping
 from lit_rl.seeding import mix_seeds
+
+_log = logging.getLogger(__name__)
 
 
 class Order(NamedTuple):
@@ -38,26 +43,26 @@ class Seen:
 
 
 class Ends:
-    """What ends a completion.
+    """What ends a completion, as sets: rows grow by a token at a time.
 
     Args:
-        model: the policy; its generation config may name end-of-sequence tokens.
-        tokenizer: names one too, and decodes where there are stop strings.
-        sampling: stop strings and stop token ids.
+        stopping: the same as tables over the vocabulary.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling) -> None:
-        self.end = set(end_token_ids(model, tokenizer))
-        self.token_ids = self.end | set(sampling.stop_token_ids)
-        self.strings = StopStrings(tokenizer, sampling.stop) if any(sampling.stop) else None
+    def __init__(self, stopping: Stopping) -> None:
+        self.end = set(stopping.is_end.nonzero()[:, 0].tolist())
+        self.token_ids = set(stopping.ends.nonzero()[:, 0].tolist())
+        self.strings = stopping.strings
+        self.suspects = set() if stopping.suspect is None else set(stopping.suspect.nonzero()[:, 0].tolist())
 
     def reason(self, ids: Sequence[int]) -> StopReason | None:
         """Why a completion ends with the last of its tokens, or None if it goes on."""
         if ids[-1] in self.end:
             return StopReason.END
-        if ids[-1] in self.token_ids or (self.strings is not None and self.strings.completed(ids)):
-            return StopReason.STOP
-        return None
+        stopped = ids[-1] in self.token_ids
+        if not stopped and self.strings is not None and ids[-1] in self.suspects:
+            stopped = self.strings.completed(ids)
+        return StopReason.STOP if stopped else None
 
 
 class ExternalRows:
@@ -192,75 +197,93 @@ class ExternalRows:
                 new[:, :width] = torch.where(inside, prefix.token[name][:, :width], new[:, :width])
 
 
-class DisagreementError(RuntimeError):
-    """An engine's log-probabilities are not those of the policy that it should run."""
+class ExternalSampler(RolloutSampler):
+    """What the samplers with an outside engine share; a subclass implements `generate` and `sync`.
 
-
-class Agreement:
-    """Compares an engine's log-probabilities with the policy's own now and then.
-
-    An engine that missed a weight, holds a stale copy of one or applies another rope scaling samples fluent text; only
-    its log-probabilities tell.
+    The engine computes with other kernels than the trainer. Its log-probabilities are therefore never taken for the
+    trainer's own, and the loss weighs each token with the bounded ratio of the two, unless the method sets its own
+    ``correction``.
 
     Args:
-        every: after the first and every so many weight updates; 0: never.
-        tolerance: largest mean difference of a completion's log-probabilities, in nats a token; None: 1e-3 for a
-            policy in float32, else 0.1.
-        rows: completions that are compared.
+        max_weight: bound of the ratio in the loss.
+        check_every: compare the engine's log-probabilities with the policy's after the first and every so many updates
+            (0: never), see `Agreement`.
+        tolerance: largest mean difference in nats a token.
+        max_restarts: how often in a run the engine may fail.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
-    def __init__(self, every: int, tolerance: float | None, rows: int = 4) -> None:
-        if every < 0:
-            raise ValueError(f"check_every must be 0 (never check) or positive, got {every}.")
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"tolerance must be positive, got {tolerance}.")
-        self.every, self.tolerance, self.rows = every, tolerance, rows
-        self.gap: float | None = None  # of the last comparison
-        self._synced = 0
-        self._due = False
+    def __init__(self, max_weight: float, check_every: int, tolerance: float | None, max_restarts: int) -> None:
+        if max_restarts < 0:
+            raise ValueError(f"max_restarts must not be negative, got {max_restarts}.")
+        self.loss_correction = OffPolicyCorrection("token", weight_high=max_weight)
+        self.agreement = Agreement(check_every, tolerance)
+        self.max_restarts, self.restarts = max_restarts, 0
+        self.sync_seconds = 0.0
+        self._pending: deque[RolloutRequest] = deque()
+        self._ends: dict[tuple[Any, ...], Ends] = {}
 
-    def synced(self) -> None:
-        """The engine has taken new weights."""
-        self._due |= self.every > 0 and self._synced % self.every == 0
-        self._synced += 1
+    @abstractmethod
+    def generate(self, request: RolloutRequest) -> ExternalRows:
+        """The rows of a request, all ended unless it asked to stop."""
 
-    def check(self, model: nn.Module, rollouts: Rollouts, sampling: Sampling, version: int, engine: str) -> None:
-        """Compare, if it is due and there is something to compare.
+    def setup(self, model: nn.Module, tokenizer: Any) -> None:
+        super().setup(model, tokenizer)
+        self._ends.clear()
 
-        Args:
-            model: the policy.
-            rollouts: what the engine sampled.
-            sampling: with which settings.
-            version: of the weights; tokens of other versions are left out.
-            engine: how to call it.
+    def submit(self, request: RolloutRequest) -> None:
+        """Keep the request for `collect`, which does the work."""
+        self._pending.append(request)
+
+    def collect(self) -> Rollouts:
+        """Generate the completions of the oldest request.
 
         Raises:
-            DisagreementError: the difference is larger than the tolerance.
+            ValueError: a prompt is empty, or longer with its budget than the engine's positions.
+            RuntimeError: the engine failed more than ``max_restarts`` times.
+            DisagreementError: its log-probabilities are not the policy's.
         """
-        fresh = (rollouts.token["policy_version"] == version) & rollouts.completion_mask
-        rows = fresh.any(1).nonzero()[: self.rows, 0].tolist()
-        if not self._due or not rows:
-            return
-        self._due = False
-        self.gap = max(self._gap(model, rollouts, sampling, row, fresh[row]) for row in rows)
-        single = next(model.parameters()).dtype == torch.float32
-        tolerance = self.tolerance if self.tolerance is not None else (1e-3 if single else 0.1)
-        if not self.gap <= tolerance:
-            raise DisagreementError(
-                f"The log-probabilities of {engine} differ from the policy's own by {self.gap:.3g} nats a token "
-                f"(tolerance {tolerance:g}): it does not run the policy's weights, or computes with them otherwise. "
-                "Use a version that is known to work (docs/samplers.md) or HFSampler; if the engine's lower precision "
-                "explains the difference, raise `tolerance` and set the method's `correction`."
-            )
+        if not self._pending:
+            raise RuntimeError(f"{type(self).__name__} has nothing to collect: submit a request first.")
+        request = self._pending.popleft()
+        out = self.generate(request).rollouts(self.policy_version)
+        self.agreement.check(self.model, out, request.sampling, self.policy_version, type(self).__name__)
+        return out.to(next(self.model.parameters()).device)
 
-    @torch.no_grad()
-    def _gap(self, model: nn.Module, rollouts: Rollouts, sampling: Sampling, row: int, where: Tensor) -> float:
-        prompt, n = rollouts.prompts.ids[int(rollouts.group[row])], int(rollouts.lengths[row])
-        device = next(model.parameters()).device
-        ids = torch.cat([prompt, rollouts.completion_ids[row, :n]]).to(device)
-        with evaluation_mode(model):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-        own = processed_logprobs(logits, sampling).gather(1, ids[len(prompt) :, None])[:, 0].cpu()
-        difference = (own - rollouts.logprobs["sampler"][row, :n]).abs()[where[:n]]
-        inside = difference.isfinite()  # rounding may put a token just outside of a restricted support
-        return float(difference[inside].mean()) if bool(inside.any()) else math.inf
+    def rows_of(self, request: RolloutRequest, max_positions: int | None) -> ExternalRows:
+        """The rows of a request before the engine has drawn anything."""
+        sampling = request.sampling
+        key = (tuple(sampling.stop), tuple(sampling.stop_token_ids))
+        if key not in self._ends:  # reading a large vocabulary takes about a second
+            head = find_head(self.model)
+            stopping = Stopping(
+                bare_model(self.model), self.tokenizer, sampling, vocab_size=head.vocab_size, device="cpu"
+            )
+            self._ends[key] = Ends(stopping)
+        return ExternalRows(request, self._ends[key], max_positions)
+
+    def count_failure(self, error: Exception, what: str, hint: str) -> None:
+        """Note that the engine failed; ``RuntimeError`` with ``hint`` if that was once too often."""
+        self.restarts += 1
+        if self.restarts > self.max_restarts:
+            raise RuntimeError(
+                f"{what} failed {self.restarts} times (max_restarts={self.max_restarts}), the last time with "
+                f"{type(error).__name__}: {error}. {hint}"
+            ) from error
+        _log.warning(
+            "%s failed (%s: %s); what it had not finished is sampled again.", what, type(error).__name__, error
+        )
+
+    def on_rewind(self, model: nn.Module) -> None:
+        """Forget requests that were not collected."""
+        self._pending.clear()
+
+    def return_to(self, boundary: Any) -> None:
+        self._pending.clear()
+
+    def metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        """Seconds of the last weight update, restarts, and the difference that the last comparison found."""
+        numbers = {"sync_seconds": self.sync_seconds, "restarts": float(self.restarts)}
+        return numbers | ({} if self.agreement.gap is None else {"logprob_gap": self.agreement.gap})

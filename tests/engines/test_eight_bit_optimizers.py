@@ -13,6 +13,7 @@ from extras import needs
 
 from lit_rl.cli import main
 from lit_rl.testing import check_resume, make_module, make_policy, train
+from tests.toy_config import BASE
 
 bnb = needs("bitsandbytes")
 CONFIGS = Path(__file__).parents[2] / "configs" / "optimizers"
@@ -53,22 +54,4 @@ def test_an_optimizer_is_exchanged_by_its_file_alone(
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["init_args"]["optimizer"]
     assert saved["class_path"].rsplit(".", 1)[1] == written["class_path"].rsplit(".", 1)[1]
     assert written["init_args"].items() <= saved["init_args"].items()
-    assert (tmp_path / "checkpoints" / "clock00000001.ckpt").exists()
-
-
-BASE = """
-model:
-  class_path: lit_rl.GRPO
-  init_args:
-    policy: {path: ""}
-    rewards:
-      - class_path: lit_rl.rewards.FunctionReward
-        init_args: {function: lit_rl.testing.toys.starts_with_digit, name: digit, verifier: true}
-    sampling: {max_tokens: 8}
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
-    prompts_per_step: 2
-    group_size: 2
-    max_rollouts: 1
-data: {class_path: lit_rl.testing.ToyData}
-trainer: {accelerator: cpu, limit_val_batches: 0, enable_progress_bar: false}
-"""
+    assert (tmp_path / "checkpoints" / "clock00000002.ckpt").exists()

@@ -43,6 +43,7 @@ from lit_rl.testing import (
     make_policy,
     train,
 )
+from tests.toy_config import BASE
 
 ray = needs("ray")
 from ray import cloudpickle  # noqa: E402
@@ -92,24 +93,6 @@ def run_from_file(folder: Path, file: Path) -> None:
     settings = {"model.init_args.policy.path": make_policy(folder / "policy"), "trainer.default_root_dir": folder}
     files = ["--config", str(folder / "base.yaml"), "--config", str(file)]
     main(["fit", *files, *(f"--{k}={v}" for k, v in settings.items())])
-
-
-BASE = """
-model:
-  class_path: lit_rl.GRPO
-  init_args:
-    policy: {path: ""}
-    rewards:
-      - class_path: lit_rl.rewards.FunctionReward
-        init_args: {function: lit_rl.testing.toys.starts_with_digit, name: digit, verifier: true}
-    sampling: {max_tokens: 8}
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
-    prompts_per_step: 2
-    group_size: 2
-    max_rollouts: 2
-data: {class_path: lit_rl.testing.ToyData}
-trainer: {accelerator: cpu, limit_val_batches: 0, enable_progress_bar: false}
-"""
 
 
 # --- a Ray of its own ------------------------------------------------------------------------------------------------

@@ -9,22 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from engine_bench import KEPT_PROMISES, SHAPE, engine_bench
 from extras import needs
 
 from lit_rl.policies import Policy
 from lit_rl.rollouts import StopReason
 from lit_rl.samplers import HFSampler, PartialSampler, VLLMSampler
-from lit_rl.samplers.external import DisagreementError
+from lit_rl.samplers.agreement import DisagreementError
 from lit_rl.samplers.vllm_weights import merged_weights
 from lit_rl.testing import SAMPLER_PROMISES, SamplerBench, make_module, make_policy, train
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 vllm = needs("vllm")
-
-SHAPE: dict[str, Any] = {"num_heads": 1, "num_kv_heads": 1}  # heads of 32 dimensions, the least for vLLM on a CPU
-
-# A continued completion goes on with fresh noise.
-NOT_KEPT = {"a_prefix_is_continued", "an_interrupted_request_is_continued"}
 
 
 class Kept(VLLMSampler):
@@ -43,13 +39,11 @@ def shared() -> Any:
 
 @pytest.fixture
 def bench(shared: VLLMSampler, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.getbasetemp() / "vllm-contract"
-    make_policy(folder / "policy", **SHAPE, initializer_range=0.25, max_position_embeddings=128)
-    with SamplerBench(lambda: shared, folder, tolerance=1e-3) as bench:
+    with engine_bench(shared, tmp_path_factory.getbasetemp() / "vllm") as bench:
         yield bench
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLER_PROMISES if name not in NOT_KEPT])
+@pytest.mark.parametrize("name", KEPT_PROMISES)
 def test_it_keeps_the_contract(name: str, bench: SamplerBench) -> None:
     SAMPLER_PROMISES[name](bench)
 

@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from engine_bench import KEPT_PROMISES, SHAPE, engine_bench
 from extras import needs
 
 from lit_rl.samplers import VLLMServerSampler
-from lit_rl.samplers.external import DisagreementError
+from lit_rl.samplers.agreement import DisagreementError
 from lit_rl.testing import SAMPLER_PROMISES, SamplerBench, make_module, make_policy, train
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 needs("vllm")
 
-SHAPE: dict[str, Any] = {"num_heads": 1, "num_kv_heads": 1}  # heads of 32 dimensions, the least for vLLM on a CPU
 SERVER = ["--max-model-len", "128", "--enforce-eager"]
-# A continued completion goes on with fresh noise.
-NOT_KEPT = {"a_prefix_is_continued", "an_interrupted_request_is_continued"}
 
 
 def free_port() -> int:
@@ -49,13 +47,11 @@ def shared() -> Any:
 
 @pytest.fixture
 def bench(shared: VLLMServerSampler, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.getbasetemp() / "vllm-server"
-    make_policy(folder / "policy", **SHAPE, initializer_range=0.25, max_position_embeddings=128)
-    with SamplerBench(lambda: shared, folder, tolerance=1e-3) as bench:
+    with engine_bench(shared, tmp_path_factory.getbasetemp() / "vllm-server") as bench:
         yield bench
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLER_PROMISES if name not in NOT_KEPT])
+@pytest.mark.parametrize("name", KEPT_PROMISES)
 def test_it_keeps_the_contract(name: str, bench: SamplerBench) -> None:
     SAMPLER_PROMISES[name](bench)
 
@@ -101,7 +97,7 @@ def test_a_killed_server_is_started_again_and_nothing_is_lost(bench: SamplerBenc
 
 def test_a_server_that_forgot_the_weights_gets_them_again(bench: SamplerBench, shared: Any) -> None:
     """As a foreign server that was restarted by somebody else."""
-    from lit_rl.samplers.vllm_client import run
+    from lit_rl.serving import run
 
     expected, before = bench.sample(), shared.restarts
 
@@ -126,7 +122,9 @@ def test_a_server_that_fails_too_often_ends_the_run(bench: SamplerBench, shared:
     monkeypatch.setattr(shared, "max_restarts", 0)
     monkeypatch.setattr(shared, "restarts", 0)
     monkeypatch.setattr(shared, "_stamp", "never")
-    with pytest.raises(RuntimeError, match=r"failed 1 times \(max_restarts=0\), the last time with: it was restarted"):
+    with pytest.raises(
+        RuntimeError, match=r"failed 1 times \(max_restarts=0\), the last time with ServerGone: it was restarted"
+    ):
         bench.sample()
 
 
@@ -135,6 +133,7 @@ def test_it_scores_as_a_teacher(bench: SamplerBench, shared: Any) -> None:
 
     out = bench.sample()
     served = Served(shared.client.url, api_key="secret")
+    served.check_vocabulary(bench.model, bench.tokenizer)
     found = served.score(bench.model, out, lambda rollouts, model: torch.zeros(0), temperature=1.0)
     torch.testing.assert_close(found, out.logprobs["sampler"], atol=1e-4, rtol=0)
 

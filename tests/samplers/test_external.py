@@ -13,10 +13,13 @@ from sampler_models import character_tokenizer, connected, request, tiny_model
 
 from lit_rl.cli import main
 from lit_rl.rollouts import StopReason
-from lit_rl.samplers import Interrupt, VLLMServerSampler
-from lit_rl.samplers.external import Agreement, DisagreementError, Ends, ExternalRows
-from lit_rl.samplers.vllm_client import Client, ServerGone, completion_body, drawn_tokens, run
+from lit_rl.samplers import Interrupt, RolloutRequest, VLLMServerSampler
+from lit_rl.samplers.agreement import Agreement, DisagreementError
+from lit_rl.samplers.external import Ends, ExternalRows
+from lit_rl.samplers.stopping import Stopping
+from lit_rl.samplers.vllm_requests import completion_body, drawn_tokens
 from lit_rl.samplers.vllm_worker import EXTENSION, serve_command
+from lit_rl.serving import Client, ServerGone, run
 
 EOS, STOP = 1, 7
 
@@ -28,7 +31,11 @@ def model() -> Any:
 
 def rows_of(model: Any, **changes: Any) -> ExternalRows:
     asked = request(**changes)
-    return ExternalRows(asked, Ends(model, character_tokenizer(), asked.sampling), max_positions=64)
+    return ExternalRows(asked, ends_of(model, asked), max_positions=64)
+
+
+def ends_of(model: Any, asked: RolloutRequest) -> Ends:
+    return Ends(Stopping(model, character_tokenizer(), asked.sampling, vocab_size=48, device="cpu"))
 
 
 def test_rows_end_for_the_right_reason_and_take_nothing_after_it(model: Any):
@@ -61,7 +68,7 @@ def test_orders_are_for_rows_that_go_on_and_seeds_depend_on_nothing_else(model: 
     assert rows.rollouts(0).row["stop_reason"].tolist() == [StopReason.LENGTH] + [StopReason.ABORTED] * 5
     alone = request(group_size=2)
     alone = replace(alone, group=alone.group[[3]], sample=alone.sample[[3]])
-    (order,) = ExternalRows(alone, Ends(model, character_tokenizer(), alone.sampling)).orders()
+    (order,) = ExternalRows(alone, ends_of(model, alone)).orders()
     assert (order.seed, order.context) == (orders[2].seed, orders[2].context)
 
 

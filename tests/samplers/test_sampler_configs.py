@@ -9,27 +9,9 @@ import yaml
 
 from lit_rl.cli import main
 from lit_rl.testing import make_policy
+from tests.toy_config import BASE
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "samplers"
-BASE = """
-model:
-  class_path: lit_rl.GRPO
-  init_args:
-    policy: {path: ""}
-    rewards:
-      - class_path: lit_rl.rewards.FunctionReward
-        init_args: {function: lit_rl.testing.toys.starts_with_digit, name: digit, verifier: true}
-    sampling: {max_tokens: 8}
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
-    prompts_per_step: 2
-    group_size: 2
-    max_rollouts: 2
-data: {class_path: lit_rl.testing.ToyData}
-trainer:
-  accelerator: cpu
-  limit_val_batches: 0
-  enable_progress_bar: false
-"""
 THREAD = {"async": {"model.init_args.sampler.init_args.worker": "thread"}}  # a process takes seconds to start
 
 

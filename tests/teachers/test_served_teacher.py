@@ -20,11 +20,14 @@ from lit_rl.testing import final_state, make_module, make_policy, train
 
 
 @contextmanager
-def server(path: Path, failures: int = 0) -> Iterator[str]:
-    """What vLLM answers to a request for ``prompt_logprobs``, computed here; the first requests fail."""
+def server(path: Path, failures: int = 0, shift: int = 0) -> Iterator[str]:
+    """What vLLM answers to a request for ``prompt_logprobs``, computed here; the first requests fail.
+
+    A tokenizer whose ids are shifted is another one.
+    """
     from aiohttp import web
 
-    model, _ = Policy(str(path)).load()
+    model, tokenizer = Policy(str(path)).load()
     left = [failures]
 
     async def complete(request: web.Request) -> web.Response:
@@ -38,6 +41,10 @@ def server(path: Path, failures: int = 0) -> Iterator[str]:
         entries = [{str(int(t)): {"logprob": float(scores[i, t])}} for i, t in enumerate(ids[1:])]
         return web.json_response({"choices": [{"prompt_logprobs": [None, *entries]}]})
 
+    async def tokenize(request: web.Request) -> web.Response:
+        ids = tokenizer((await request.json())["prompt"], add_special_tokens=False)["input_ids"]
+        return web.json_response({"tokens": [shift + i for i in ids]})
+
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "teacher"}]})
 
@@ -47,6 +54,7 @@ def server(path: Path, failures: int = 0) -> Iterator[str]:
         asyncio.set_event_loop(loop)
         app = web.Application()
         app.router.add_post("/v1/completions", complete)
+        app.router.add_post("/tokenize", tokenize)
         app.router.add_get("/v1/models", models)
         runner = web.AppRunner(app)
         loop.run_until_complete(runner.setup())
@@ -86,12 +94,21 @@ def test_methods_that_compare_distributions_refuse_it_at_set_up(tmp_path: Path):
         train(tmp_path, module)
 
 
+def test_another_tokenizer_is_refused(tmp_path: Path):
+    policy = make_policy(tmp_path / "policy")
+    with server(policy, shift=1) as url:
+        module = make_module(policy, OPD, teacher=Served(url), loss="policy_gradient", max_rollouts=1)
+        with pytest.raises(ValueError, match="has another tokenizer than the policy"):
+            train(tmp_path, module)
+
+
 def test_another_temperature_than_the_servers_is_refused(tmp_path: Path):
     options: dict[str, Any] = {"max_rollouts": 1, "sampling": Sampling(temperature=0.7, max_tokens=4)}
-    teacher = Served("http://127.0.0.1:9")
-    module = make_module(make_policy(tmp_path / "policy"), OPD, teacher=teacher, loss="policy_gradient", **options)
-    with pytest.raises(ValueError, match=r"scores at temperature 1, but the policy samples at 0\.7"):
-        train(tmp_path, module)
+    policy = make_policy(tmp_path / "policy")
+    with server(policy) as url:
+        module = make_module(policy, OPD, teacher=Served(url), loss="policy_gradient", **options)
+        with pytest.raises(ValueError, match=r"scores at temperature 1, but the policy samples at 0\.7"):
+            train(tmp_path, module)
 
 
 def test_a_server_that_does_not_answer_ends_the_run(tmp_path: Path):

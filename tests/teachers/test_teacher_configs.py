@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from toy_config import BASE
 
 from lit_rl.cli import main
 from lit_rl.testing import make_policy
+from tests.toy_config import BASE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEACHER = "model.init_args.teacher.init_args.path"

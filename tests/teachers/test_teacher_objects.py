@@ -11,7 +11,8 @@ from lit_rl.policies import EMA, AdapterOff, Checkpoint, FrozenCopy, Live, LoRA,
 from lit_rl.policies.divergence import vocabulary_divergence
 from lit_rl.policies.divergence_tiles import View
 from lit_rl.policies.scoring import find_head
-from lit_rl.policies.teacher import assign, check_same_vocabulary, common_vocabulary
+from lit_rl.policies.teacher import assign
+from lit_rl.policies.vocabulary import check_same_vocabulary, common_vocabulary
 from lit_rl.prompts import PromptEncoder
 from lit_rl.testing import make_policy
 from lit_rl.tokenizers import build_character_tokenizer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Talking to a vLLM server: completions as token ids, weights through a file, which weights it has."""
+"""Talking to a server of models over HTTP, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-
-from lit_rl.samplers.base import Sampling
-from lit_rl.samplers.external import Order
-from lit_rl.samplers.vllm_engine import sampling_arguments
 
 ResultT = TypeVar("ResultT")
 
@@ -107,36 +103,6 @@ class Client:
         """Call a method of the workers (`lit_rl.samplers.vllm_worker`) and return the first one's answer."""
         answer = await self.post(session, "/collective_rpc", {"method": method, "args": list(arguments)})
         return str(answer["results"][0])
-
-
-def completion_body(model: str, order: Order, sampling: Sampling, stop_token_ids: set[int], stream: bool) -> Any:
-    """The body of a request to ``/v1/completions``, token ids in and out."""
-    return {
-        "model": model,
-        "prompt": order.context,
-        **sampling_arguments(sampling),
-        "seed": order.seed,
-        "max_tokens": order.budget,
-        "stop": [s for s in sampling.stop if s] or None,
-        "include_stop_str_in_output": True,
-        "stop_token_ids": sorted(stop_token_ids),
-        "ignore_eos": True,  # what ends a completion is in stop_token_ids
-        "skip_special_tokens": False,
-        "return_token_ids": True,
-        "stream": stream,
-    }
-
-
-def drawn_tokens(choice: Any) -> tuple[list[int], list[float]]:
-    """Token ids and log-probabilities of an answer's choice, or of a piece of it."""
-    tokens = list(choice.get("token_ids") or ())
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-    if len(logprobs) != len(tokens):
-        raise ValueError(
-            f"The server returned {len(tokens)} token ids and {len(logprobs)} log-probabilities: lit-rl needs a vLLM "
-            "server that knows return_token_ids."
-        )
-    return tokens, [float(x) for x in logprobs]
 
 
 def _refusal(where: str, status: int, text: str) -> str:

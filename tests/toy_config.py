@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The toy task as a configuration file."""
+"""The toy task as a configuration file, to be put under others."""
 
 BASE = """
 model:
@@ -9,10 +9,10 @@ model:
     rewards:
       - class_path: lit_rl.rewards.FunctionReward
         init_args: {function: lit_rl.testing.toys.starts_with_digit, name: digit, verifier: true}
-    sampling: {max_tokens: 6}
+    sampling: {max_tokens: 8}
     optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
     prompts_per_step: 2
-    group_size: 3
+    group_size: 2
     max_rollouts: 2
 data:
   class_path: lit_rl.testing.ToyData
