@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from traceback import walk_tb
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -207,7 +208,7 @@ def plain_errors(command: str) -> Iterator[None]:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
-        told = next((e for e in _causes(error) if is_for_the_user(e)), None)
+        told: Any = next((e for e in _causes(error) if is_for_the_user(e)), None) or null_argument(error)
         if told is None:
             raise _unwrapped(error) from None
         rank = os.environ.get("LOCAL_RANK", "0")
@@ -230,6 +231,34 @@ def is_for_the_user(error: BaseException) -> bool:
         return True
     on_purpose = own or isinstance(error, (ValueError, TypeError, OSError, ImportError))
     return module.startswith("lit_rl.") and line.startswith("raise") and on_purpose
+
+
+def null_argument(error: BaseException) -> str | None:
+    """A sentence, if a constructor of ours ran into a None that its argument does not allow.
+
+    The parser lets null pass for every argument that has a default.
+    """
+    for cause in _causes(error):
+        for frame, _ in walk_tb(cause.__traceback__):
+            inside, owner = frame.f_code.co_name, frame.f_locals.get("self")
+            if inside not in ("__init__", "__post_init__") or not type(owner).__module__.startswith("lit_rl."):
+                continue
+            for name, hint in _own_arguments(type(owner)).items():
+                value = frame.f_locals.get(name, getattr(owner, name, hint))
+                if value is None and type(None) not in get_args(hint) and hint is not Any:
+                    return f"{name} of {type(owner).__name__} must be {_spelled(hint)}, got null."
+    return None
+
+
+def _own_arguments(cls: type) -> dict[str, Any]:
+    """Types of the arguments of a class of ours and of its bases."""
+    inits = [vars(c).get("__init__") for c in reversed(cls.__mro__) if c.__module__.startswith("lit_rl.")]
+    return {name: hint for init in inits if init for name, hint in get_type_hints(init).items() if name != "return"}
+
+
+def _spelled(hint: Any) -> str:
+    """A type as a user would write it."""
+    return hint.__name__ if isinstance(hint, type) else re.sub(r"\b(\w+\.)+", "", str(hint))
 
 
 def _raised_at(error: BaseException) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,18 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+_NONE = re.compile(r"(--[\w.]+=)None")
+
+
 class Parser(PlainMessages, LightningArgumentParser):
     """Lightning's parser with messages of one sentence."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """``--key=None`` is ``--key=null``: jsonargparse hands a null on to nested parsers in Python's spelling."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args(
+            [_NONE.sub(r"\1null", w) if _NONE.fullmatch(w) else w for w in words], *rest, **options
+        )
 
 
 class SaveConfig(SaveConfigCallback):

@@ -74,6 +74,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {f"{A}.samplng": {"temperature": 0.5}},
         "model: lit_rl.GRPO has no argument 'samplng'. Did you mean sampling?",
     ),
+    "null where numbers must be": (
+        {"data": {"class_path": "lit_rl.datamodules.ArithmeticDataModule", "init_args": {"digits": None}}},
+        "digits of ArithmeticDataModule must be tuple[int, int], got null.",
+    ),
+    "null deep inside": ({f"{A}.sampling": {"min_p": None}}, "min_p of Sampling must be float, got null."),
     "argument of a reward": (
         {f"{A}.rewards": [{"class_path": "lit_rl.rewards.ExactMatchReward", "init_args": {"nme": "x"}}]},
         "model.rewards: lit_rl.rewards.ExactMatchReward has no argument 'nme'. Did you mean name?",

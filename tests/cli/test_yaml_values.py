@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -13,11 +14,13 @@ from jsonargparse import ArgumentParser
 
 import lit_rl.rewards as rewards
 from lit_rl.cli import keep_comments_as_text
+from lit_rl.lightning_cli import LitRLCLI
 from lit_rl.policies import Policy
 from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import Reward
 from lit_rl.samplers import Sampling
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TEXTS = ("#", "###", "# Title", "# Title\n# Text", "yes", "12", "[", "{% if x %}", "- a", "a: b", "\n\n", "")
 
 
@@ -74,3 +77,20 @@ def test_nothing_is_still_none_where_none_is_allowed():
     for text in ("null", "~"):
         assert read(Policy, "chat_template", text, from_file=False) is None
     assert read(Policy, "chat_template", None) is None
+
+
+class ParseOnly(LitRLCLI):
+    """The command line up to the point where objects are made."""
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+
+@pytest.mark.parametrize("word", ["null", "None"])
+@pytest.mark.parametrize("key", ["divergence.entry_clip", "divergence", "max_prompt_tokens"])
+def test_nothing_can_be_said_at_any_depth_of_the_command_line(key: str, word: str):
+    """jsonargparse 4.53 hands a null on to nested parsers as the text None."""
+    configs = [f"--config={CONFIGS / name}" for name in ("quickstart.yaml", "methods/opsd.yaml")]
+    parser = ParseOnly(configs, run=False).parser
+    assert parser.parse_args([*configs, f"--model.{key}={word}"]).model.init_args[key] is None
