@@ -43,6 +43,7 @@ from lit_rl.testing import (
     make_policy,
     train,
 )
+from tests.learning.lesson import check_that_it_teaches
 from tests.toy_config import BASE
 
 ray = needs("ray")
@@ -453,3 +454,7 @@ def test_a_cluster_without_room_is_named_with_what_it_has(local_ray: None, tmp_p
     sampler.close()
     with pytest.raises(RuntimeError, match=r"call setup\(model, tokenizer\)"):
         sampler.sync(torch.nn.Linear(1, 1), 0)
+
+
+def test_a_policy_learns_as_with_the_built_in_sampler(tmp_path: Path) -> None:
+    check_that_it_teaches(RaySampler(HFSampler(), workers=2), tmp_path)

@@ -18,6 +18,7 @@ from lit_rl.samplers import HFSampler, PartialSampler, VLLMSampler
 from lit_rl.samplers.agreement import DisagreementError
 from lit_rl.samplers.vllm_weights import merged_weights
 from lit_rl.testing import SAMPLER_PROMISES, SamplerBench, make_module, make_policy, train
+from tests.learning.lesson import check_that_it_teaches
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 vllm = needs("vllm")
@@ -191,3 +192,7 @@ def test_it_trains_with_a_correction_and_as_the_inside_of_partial_rollouts(tmp_p
         assert rollouts is not None
         assert not bool((rollouts.row["stop_reason"] == StopReason.ABORTED).any())
         assert module.numbers is not None
+
+
+def test_a_policy_learns_as_with_the_built_in_sampler(shared: VLLMSampler, tmp_path: Path) -> None:
+    check_that_it_teaches(shared, tmp_path, **SHAPE)

@@ -18,6 +18,7 @@ from extras import needs
 from lit_rl.samplers import VLLMServerSampler
 from lit_rl.samplers.agreement import DisagreementError
 from lit_rl.testing import SAMPLER_PROMISES, SamplerBench, make_module, make_policy, train
+from tests.learning.lesson import check_that_it_teaches
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 needs("vllm")
@@ -145,3 +146,7 @@ def test_a_run_trains_with_it(bench: SamplerBench, shared: Any, tmp_path: Path) 
     assert module.clock == 3
     assert module.last_rollouts is not None
     assert float((module.last_rollouts.logprobs["sampler"] != 0).float().mean()) > 0
+
+
+def test_a_policy_learns_as_with_the_built_in_sampler(shared: VLLMServerSampler, tmp_path: Path) -> None:
+    check_that_it_teaches(shared, tmp_path, **SHAPE)

@@ -10,11 +10,11 @@ import pytest
 from lightning.pytorch import Callback
 
 from lit_rl.data import EvalSet, GeneratedStream
-from lit_rl.methods import SFT, RLModule
-from lit_rl.testing import StopAt, ToyData, make_module, make_policy, make_trainer, train
+from lit_rl.methods import SFT
+from lit_rl.testing import StopAt, ToyData, make_module, make_policy, train
+from tests.learning.lesson import STEPS, held_out, learner, pass_at_1
 
 pytestmark = pytest.mark.learning
-STEPS = 60
 
 
 class Rewards(Callback):
@@ -25,19 +25,6 @@ class Rewards(Callback):
 
     def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
         self.values.append(metrics["reward/mean"])
-
-
-def held_out() -> ToyData:
-    return ToyData(evaluation=256)
-
-
-def pass_at_1(module: RLModule, folder: Path) -> float:
-    trainer = make_trainer(folder, limit_val_batches=1.0)
-    return trainer.validate(module, datamodule=held_out(), verbose=False)[0]["val/pass@1"]
-
-
-def learner(policy: Path, **options: Any) -> RLModule:
-    return make_module(policy, **({"max_rollouts": STEPS, "prompts_per_step": 8, "group_size": 8} | options))
 
 
 @pytest.mark.parametrize(
