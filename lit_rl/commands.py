@@ -135,6 +135,7 @@ def new_policy(
     output: str,
     architecture: str = "qwen2",
     tokenizer: str | None = None,
+    vocabulary_size: int = 64,
     hidden_size: int = 128,
     intermediate_size: int = 352,
     num_layers: int = 3,
@@ -149,7 +150,8 @@ def new_policy(
     Args:
         output: the folder to write.
         architecture: a Transformers model type that is known to the policies (``qwen2``, ``qwen3``, ``llama``, …).
-        tokenizer: folder or hub id of a tokenizer; default: a character tokenizer with 64 entries.
+        tokenizer: folder or hub id of a tokenizer; default: a character tokenizer.
+        vocabulary_size: entries of that character tokenizer: 64 hold digits, signs and small letters, 99 all of ASCII.
         hidden_size: width of the residual stream.
         intermediate_size: width of the feed-forward layers.
         num_layers: number of layers.
@@ -166,7 +168,7 @@ def new_policy(
     from lit_rl.tokenizers import build_character_tokenizer
 
     torch.manual_seed(seed)
-    vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else build_character_tokenizer()
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else build_character_tokenizer(vocabulary_size)
     model = build_small_model(
         architecture,
         vocab_size=len(vocabulary),

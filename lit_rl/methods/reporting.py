@@ -96,8 +96,7 @@ def rollout_statistics(rollouts: Rollouts, ledger: Ledger) -> None:
         ledger.mean("rollout/unscorable_ratio", torch.isnan(rewards).float())
         ledger.mean("rollout/zero_signal_ratio", zero_signal(rollouts).float())
     for name, values in rollouts.reward_terms.items():
-        weights = rollouts.reward_weights.get(name)
-        ledger.mean(f"reward/{name}", values, None if weights is None else weights != 0)
+        ledger.mean(f"reward/{name}", values)  # a term of weight 0 is watched
     ledger.mean("rollout/correct_ratio", rollouts.correct)
     generated = rollouts.generated.float()
     ledger.mean("rollout/length_mean", generated)

@@ -108,7 +108,7 @@ class Reward(ABC):
 
     Args:
         name: key of the reward's term and of its log line ``reward/<name>``; by default the class's own name.
-        weight: factor in the weighted sum. May be changed while training.
+        weight: factor in the weighted sum; 0: the values are logged and count nothing. May be changed while training.
         verifier: whether the values are the verdict ``correct``; at most one reward of a module may say so.
         sources: data sources that the reward applies to (all by default). Rows of other sources get NaN from
             it and are not shown to `score`; the weighted sum leaves it out there.

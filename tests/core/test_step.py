@@ -23,7 +23,8 @@ from lit_rl.rewards import FunctionReward
 from lit_rl.rollouts import Rollouts, StopReason
 from lit_rl.samplers import HFSampler, Sampling
 from lit_rl.samplers.base import RolloutRequest, RolloutSampler
-from lit_rl.testing import ToyData, final_state, make_module, make_policy, train
+from lit_rl.testing import ToyData, assert_same_weights, final_state, make_module, make_policy, train
+from lit_rl.testing.toys import toy_reward
 from tests.core.runs import scalars, schedule
 
 LOGGED = """reward/mean reward/std reward/digit rollout/correct_ratio rollout/zero_signal_ratio rollout/length_mean
@@ -140,6 +141,15 @@ def test_statistics_of_a_batch_equal_plain_loops(policy, tmp_path):
     silent = sum(len(set(rewards[rollouts.group == g].tolist())) == 1 for g in range(8))
     assert logged["rollout/zero_signal_ratio"] == silent / 8
     assert logged["rollout/tokens"] == sum(lengths)
+
+
+def test_a_reward_of_weight_0_is_watched_and_changes_nothing(policy, tmp_path):
+    ones = FunctionReward(lambda batch: [1.0] * len(batch), name="ones", weight=0.0)
+    plain, before = run(tmp_path / "plain", policy, max_rollouts=2)
+    watched, after = run(tmp_path / "watched", policy, max_rollouts=2, rewards=[toy_reward(), ones])
+    assert_same_weights(final_state(plain), final_state(watched))
+    assert [m["reward/ones"] for m in after.metrics] == [1.0, 1.0]
+    assert [m["reward/mean"] for m in after.metrics] == [m["reward/mean"] for m in before.metrics]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
