@@ -18,7 +18,7 @@ ADVICE = {
     "zero_signal": "most groups have equal rewards and teach nothing. The prompts are too hard or too easy: use "
     "DynamicSampling, other prompts, or a larger group.",
     "unscorable": "rewards fail on most completions. Look at reward/<name>_error, _timeout and _crash.",
-    "no_reward": "no completion could be scored at all.",
+    "no_reward": "no completion could be scored at all. Look at reward/<name>_error, _timeout and _crash.",
 }
 
 
@@ -63,6 +63,8 @@ class RewardAlarm(RolloutCallback):
         reward = metrics.get("reward/mean", math.nan)
         bad = {"zero_reward": reward == 0 and metrics.get("reward/std", 0.0) == 0, "no_reward": math.isnan(reward)}
         bad |= {name: metrics.get(f"rollout/{name}_ratio", 0.0) > bound for name, bound in self.bounds.items()}
+        bad["unscorable"] &= not bad["no_reward"]  # one alarm, the one that says most
+        bad["zero_signal"] &= not (bad["no_reward"] or bad["unscorable"])
         for name, is_bad in bad.items():
             self.counts[name] = self.counts[name] + 1 if is_bad else 0
             if self.counts[name] >= self.patience and not self.rung[name]:

@@ -87,7 +87,8 @@ class RolloutCallback(Callback):
     def on_metrics(self, trainer: Trainer, module: RLModule, metrics: dict[str, float]) -> None:
         """With everything that the step measured, the same on every rank, before the clocks advance.
 
-        Names that this step did not measure are absent. React here and keep what you remember in ``state_dict``: what
+        Names that this step did not measure are absent; a number put here, the same on every rank, is logged too, and
+        callbacks that come later see it. React here and keep what you remember in ``state_dict``: what
         is saved or rewound in ``on_train_batch_end`` then includes it, whatever the order of the callbacks.
         """
 

@@ -22,7 +22,8 @@ from lit_rl.methods.terms import Term
 from lit_rl.methods.updating import UpdateStage
 from lit_rl.policies import FrozenPolicy, Policy
 from lit_rl.prompts import PromptEncoder
-from lit_rl.rewards import Reward, RewardInput, check_rewards, score_rewards
+from lit_rl.rewards import Reward, RewardInput, RewardSetupError, check_rewards, score_rewards
+from lit_rl.rewards.base import FAILURES
 from lit_rl.rollouts import Prompts, Rollouts, StopReason
 from lit_rl.samplers.base import Interrupt, RolloutRequest, RolloutSampler, Sampling
 from lit_rl.seeding import seed_everything_from, single_precision
@@ -131,6 +132,7 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
         self.old_logprobs, self.on_nonfinite = old_logprobs, on_nonfinite
         self.keep_entropy, self.seed = keep_entropy, seed
         self.providers = {}
+        self._proven_rewards: set[str] = set()
         self.ledger = Ledger()
         self.model = None  # type: ignore[assignment]  # loaded by configure_model
         self.init_run_state()
@@ -296,14 +298,34 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
             self.ledger.mean(f"sampler/{name}", torch.tensor([value]))
         numbers = self.complete(self.ledger.reduce(self.device))
         self.warn_of_mismatch(numbers)
+        self.refuse_dead_rewards(numbers)
         self.log_numbers(numbers, PROGRESS_BAR)
+        measured = dict(numbers)
         for callback in callbacks_with(self.trainer, "on_metrics"):
             callback.on_metrics(self.trainer, self, numbers)
+        self.log_numbers({name: value for name, value in numbers.items() if measured.get(name) is not value})
         self.last_rollouts = rollouts
         self.clock += 1
         self.rollout_step += 1
         for frozen in self.frozen_policies().values():
             frozen.refresh(self.model, self.rollout_step)
+
+    def refuse_dead_rewards(self, numbers: dict[str, float]) -> None:
+        """Stop at the first step of a reward that failed on all of its rows: it will not get better.
+
+        Raises:
+            RewardSetupError: with what it failed of, as far as this rank knows.
+        """
+        for reward in self.rewards:
+            if f"reward/{reward.name}" in numbers:
+                self._proven_rewards.add(reward.name)
+            failed = [k for k in FAILURES if f"reward/{reward.name}_{k}" in numbers]
+            if failed and reward.name not in self._proven_rewards:
+                detail = f": {reward.last_failure}" if reward.last_failure else ""
+                raise RewardSetupError(
+                    f"Reward {reward.name!r} failed on every completion of its first step ({', '.join(failed)}"
+                    f"{detail}). Repair it before you train."
+                )
 
     def rescore(self, rollouts: Rollouts, rows: Tensor) -> None:
         """Score some rows again in place, after they were cut. Whole groups are scored, the given rows replaced.

@@ -31,12 +31,14 @@ _TOTAL = -1.0  # in place of a count: the entry is a sum over ranks, not a mean
 class Ledger:
     """Sums, maxima and seconds of one training step.
 
-    The ranks may have measured different things: names are matched before they are reduced.
+    The ranks may have measured different things: names are matched before they are reduced. Callbacks add to
+    ``module.ledger`` in any hook before `on_metrics`, where the numbers are final.
     """
 
     def __init__(self) -> None:
         self.signals = Signals()
         self.seconds: dict[str, float] = {}
+        self.closed = False
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -47,25 +49,40 @@ class Ledger:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def mean(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Add values (those at ``where``) to the mean logged as ``name``; NaN values are left out."""
+    def mean(self, name: str, values: Tensor | float, where: Tensor | None = None) -> None:
+        """Add values (those at ``where``) to the mean logged as ``name``; NaN values are left out.
+
+        Args:
+            name: of the log line.
+            values: one number, or a tensor of any shape: rows ``[N]``, tokens ``[N, T]``.
+            where: bool, the same shape; all by default.
+
+        Raises:
+            RuntimeError: the numbers of the step are final already, here and in the other methods.
+        """
+        self._check_open(name)
+        values = torch.as_tensor(values)
         valid = ~torch.isnan(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
         self.signals.mean(name, values, valid if where is None else valid & where)
 
     def total(self, name: str, value: float | Tensor) -> None:
         """Add to the sum over ranks logged as ``name``."""
+        self._check_open(name)
         value = torch.as_tensor(value, dtype=torch.float32)
         if name in self.signals.sums:
             value = value + self.signals.sums[name][0].to(value.device)
         self.signals.sums[name] = (value, torch.tensor(_TOTAL))
 
-    def largest(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Let values compete for the maximum logged as ``name``."""
+    def largest(self, name: str, values: Tensor | float, where: Tensor | None = None) -> None:
+        """Let values (those at ``where``) compete for the maximum logged as ``name``."""
+        self._check_open(name)
+        values = torch.as_tensor(values)
         valid = torch.ones_like(values, dtype=torch.bool) if where is None else where
         self.signals.largest(name, values, valid)
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Everything as plain numbers, the same on every rank: one sum and one maximum over the ranks."""
+        self.closed = True
         names = union_of_names(self.signals.sums)
         nothing = (torch.zeros(()), torch.zeros(()))
         sums = _packed([x for name in names for x in self.signals.sums.get(name, nothing)], device)
@@ -77,6 +94,13 @@ class Ledger:
         highest = all_max(_packed([peaks.get(name, lowest) for name in peak_names], device)).tolist()
         out = {name: total if count < 0 else total / count for name, (total, count) in zip(names, pairs) if count}
         return out | {name: value for name, value in zip(peak_names, highest) if value > -math.inf}
+
+    def _check_open(self, name: str) -> None:
+        if self.closed:
+            raise RuntimeError(
+                f"{name!r} comes too late: the numbers of this step are final. Use the ledger in an earlier hook than "
+                "on_metrics; there, put numbers that are the same on every rank into `metrics`."
+            )
 
 
 def _packed(numbers: list[Tensor], device: torch.device) -> Tensor:

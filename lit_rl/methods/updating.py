@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,9 @@ class UpdateStage:
                     rollouts.edits += mini.edits[known:]
             scheduler = self.lr_schedulers()
             if scheduler is not None:
-                scheduler.step()  # type: ignore[union-attr, call-arg]
+                with warnings.catch_warnings():  # a first step without anything to train on moves only the schedule
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                    scheduler.step()  # type: ignore[union-attr, call-arg]
         with self.ledger.timed("sync"), self.placement.gathered(self):
             self.policy_version += 1
             self.sampler.sync(self.model, self.policy_version)

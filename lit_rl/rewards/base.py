@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lit_rl.rewards.pool import describe
 
+FAILURES = ("error", "timeout", "crash", "not_a_number")  # kinds; each is logged as reward/<name>_<kind>
+
 
 class RewardSetupError(ValueError):
     """A reward cannot work in this run (missing column, unknown budget). Stops the run instead of giving NaN."""
@@ -118,6 +120,7 @@ class Reward(ABC):
         failures: rows without a value since the start, by kind: ``error`` (an exception), ``timeout``, ``crash``
             (a worker process died), ``not_a_number`` (infinite, or not a number at all). A reward that answers
             None or NaN says "not scorable", which is no failure.
+        last_failure: what the last failure was, in words.
         seconds: wall time of the last call.
     """
 
@@ -146,6 +149,7 @@ class Reward(ABC):
         if not math.isfinite(self.weight):
             raise ValueError(f"weight of reward {self.name!r} must be a finite number, got {self.weight}.")
         self.failures: Counter[str] = Counter()
+        self.last_failure = ""
         self.seconds = 0.0
         self._recent: Counter[str] = Counter()
         self._warned: set[str] = set()
@@ -210,6 +214,7 @@ class Reward(ABC):
         """Record that ``rows`` rows got no value; warns the first time a ``kind`` is seen."""
         self.failures[kind] += rows
         self._recent[kind] += rows
+        self.last_failure = detail
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(

@@ -117,6 +117,11 @@ HEALTHY = {
         ({"rollout/zero_signal_ratio": 0.95}, "most groups have equal rewards"),
         ({"rollout/unscorable_ratio": 0.7}, "rewards fail on most completions"),
         ({"reward/mean": math.nan}, "no completion could be scored"),
+        (
+            {"reward/mean": math.nan, "rollout/unscorable_ratio": 1.0, "rollout/zero_signal_ratio": 1.0},
+            "no completion could be scored",
+        ),
+        ({"rollout/unscorable_ratio": 0.9, "rollout/zero_signal_ratio": 1.0}, "rewards fail on most completions"),
     ],
 )
 def test_each_kind_of_bad_step_is_warned_about_once_after_patience(bad: dict[str, float], words: str) -> None:

@@ -16,7 +16,7 @@ from lit_rl.methods import GRPO, RLModule
 from lit_rl.methods.updating import NonFiniteGradientError
 from lit_rl.objectives import AdvantageNormalizer
 from lit_rl.policies import Policy
-from lit_rl.rewards import FunctionReward
+from lit_rl.rewards import FunctionReward, RewardSetupError
 from lit_rl.storage import load_rollouts
 from lit_rl.testing import final_state, make_module, make_policy, toy_reward, train
 from tests.core.test_step import Watch, moved
@@ -124,6 +124,36 @@ def test_a_verifier_that_hangs_raises_or_crashes_costs_its_rows_and_nothing_else
     assert logged["reward/mean"] == 1.0
     assert module.last_rollouts.correct[[0, 4]].tolist() == [1.0, 1.0]
     assert module.last_rollouts.correct[[1, 2, 3]].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:Reward 'broken' could not score")
+def test_a_reward_that_fails_on_all_of_its_first_step_stops_the_run(policy, tmp_path):
+    def misspelt(batch: Any) -> list[float]:
+        return [float(len(c)) for c in batch.completion]
+
+    broken = FunctionReward(misspelt, name="broken", weight=0.0)  # even one that is only watched
+    with pytest.raises(RewardSetupError, match=r"'broken' failed on every .* first step \(error: .*'completion'"):
+        run(tmp_path, policy, rewards=[toy_reward(), broken])
+
+
+def test_a_reward_that_fails_later_or_has_no_opinion_does_not(policy, tmp_path):
+    calls: list[int] = []
+
+    def breaks(batch: Any) -> list[float]:
+        calls.append(len(batch))
+        if len(calls) > 1:
+            raise RuntimeError("later")
+        return [1.0] * len(batch)
+
+    rewards = [
+        toy_reward(),
+        FunctionReward(breaks, name="late"),
+        FunctionReward(lambda batch: [None] * len(batch), name="silent", weight=0.0),
+    ]
+    with pytest.warns(RuntimeWarning, match="could not score"):
+        module, watch = run(tmp_path, policy, rewards=rewards, max_rollouts=3)
+    assert [m.get("reward/late_error") for m in watch.metrics] == [None, 16, 16]
+    assert module.clock == 3
 
 
 def test_failures_in_a_validation_are_not_those_of_training(policy, tmp_path):

@@ -93,6 +93,38 @@ def test_a_number_belongs_to_its_step_only(policy, tmp_path):
     assert sometimes.seen == [-1, 5, -1, -1]
 
 
+class Measures(RolloutCallback):
+    """Logs in the ways that are open to a callback."""
+
+    def on_rewards(self, trainer: Any, module: Any, rollouts: Any) -> None:
+        module.ledger.mean("mine/rows", rollouts.lengths.float(), rollouts.lengths > 1)
+        module.ledger.mean("mine/number", 0.5)
+        module.ledger.mean("mine/number", 1)
+        module.ledger.largest("mine/largest", 3.0)
+
+    def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+        metrics["mine/late"] = 2 * metrics["mine/number"]
+
+
+def test_a_callback_logs_rows_numbers_and_what_follows_from_them(policy, tmp_path):
+    watch = Watch()
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    train(tmp_path, make_module(policy, max_rollouts=1), [Measures(), watch], logger=logger)
+    written = {name: values[0][1] for name, values in scalars(tmp_path).items()}
+    assert (written["mine/number"], written["mine/largest"], written["mine/late"]) == (0.75, 3.0, 1.5)
+    assert written["mine/rows"] > 1
+    assert watch.metrics[0]["mine/late"] == 1.5
+
+
+def test_a_number_that_comes_too_late_for_the_ledger_is_refused(policy, tmp_path):
+    class Late(RolloutCallback):
+        def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+            module.ledger.mean("late", 1.0)
+
+    with pytest.raises(RuntimeError, match=r"'late' comes too late: .* put numbers .* into `metrics`"):
+        train(tmp_path, make_module(policy, max_rollouts=1), [Late()])
+
+
 def test_log_every_n_steps_of_the_trainer_is_obeyed(policy, tmp_path):
     module = make_module(policy, max_rollouts=5)
     train(tmp_path, module, logger=TensorBoardLogger(str(tmp_path), name="", version=""), log_every_n_steps=2)
