@@ -65,8 +65,15 @@ def main(args: Sequence[str] | None = None) -> None:
     if argv[0] == "--version":
         print(f"lit-rl {__version__}")
         return
+    make_own_code_importable()
     with plain_errors(f"lit-rl {argv[0]}"):
         dispatch(argv)
+
+
+def make_own_code_importable() -> None:
+    """Find modules in the present folder, as ``python -m`` does: a class path may name what lies beside the YAML."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
 
 
 def dispatch(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,16 @@ def test_help_and_version_import_nothing_heavy_and_name_every_command():
         f"print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
     )
     assert heavy == []
+
+
+def test_a_class_beside_the_yaml_can_be_named(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        "from lit_rl.callbacks import RewardAlarm\n\nclass Mine(RewardAlarm):\n    pass\n"
+    )
+    (tmp_path / "mine.yaml").write_text("trainer: {callbacks: [{class_path: mine.Mine}]}\n")
+    command = [str(Path(sys.executable).with_name("lit-rl")), "fit", "--config", "mine.yaml", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "class_path: mine.Mine" in done.stdout, done.stderr
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
