@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make bench``: run the benchmarks one after the other and write their tables into ``docs/benchmarks.md``.
+"""``make bench``: run the benchmarks one after the other and write their tables into the documentation.
 
     python benchmarks/run_all.py                      # all; about half an hour on two cores, which should be idle
     python benchmarks/run_all.py trl_step imports     # some; the others keep their last figures
     python benchmarks/run_all.py --page               # no measurement: the page from the figures that are there
     python benchmarks/run_all.py --smoke              # tiny sizes, page untouched: does everything run?
 
-Every script leaves its figures in ``runs/benchmarks/results``; the page is made from these files.
+Every script leaves its figures in ``runs/benchmarks/results``; the tables in the documentation are made from these
+files. Those of a script that has not run here stay as they are.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ SCRIPTS: dict[str, list[str] | None] = {
     "simulate_rollouts": ["--smoke"],
     "imports": ["--smoke"],
 }
-PAGE = ROOT / "docs" / "benchmarks.md"
-EXCERPTS: dict[Path, tuple[str, ...]] = {ROOT / "docs" / "samplers.md": ("rollouts", "two_stage")}
-BEGIN, END = "<!-- benchmarks: begin (written by benchmarks/run_all.py) -->", "<!-- benchmarks: end -->"
+PAGES = {  # which figures stand where
+    ROOT / "docs" / "benchmarks.md": tuple(SCRIPTS),
+    ROOT / "docs" / "samplers.md": ("rollouts", "two_stage"),
+}
+BEGIN, END = "<!-- {}: begin (written by benchmarks/run_all.py) -->", "<!-- {}: end -->"
 
 
 def title_of(name: str) -> str:
@@ -76,20 +79,15 @@ def plain_section(name: str, data: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_page(results: Path) -> None:
-    """Put the sections of all files of figures between the markers of the page."""
-    found = [results / f"{name}.json" for name in SCRIPTS]
-    put_between(PAGE, BEGIN, END, "\n".join(section(path) for path in found if path.exists()))
-
-
-def write_excerpts(results: Path) -> None:
-    """Put the tables of some files of figures between their markers in other pages."""
-    for page, names in EXCERPTS.items():
+def write_pages(results: Path) -> None:
+    """Put the tables of every file of figures between their markers; where there is no file, the last ones stay."""
+    for page, names in PAGES.items():
         for name in names:
             path = results / f"{name}.json"
             if path.exists():
-                begin, end = f"<!-- {name}: begin (written by benchmarks/run_all.py) -->", f"<!-- {name}: end -->"
-                put_between(page, begin, end, Report.load(path).tables_as_markdown())
+                whole = page.stem == "benchmarks"
+                body = section(path) if whole else Report.load(path).tables_as_markdown()
+                put_between(page, BEGIN.format(name), END.format(name), body)
 
 
 def put_between(page: Path, begin: str, end: str, body: str) -> None:
@@ -131,8 +129,7 @@ def main() -> None:
         if extra is not None and not run(name, results / f"{name}.json", extra):
             failed.append(name)
     if not options.smoke:
-        write_page(results)
-        write_excerpts(results)
+        write_pages(results)
     if failed:
         raise SystemExit(f"Failed: {', '.join(failed)}")
 

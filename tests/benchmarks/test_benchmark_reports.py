@@ -46,39 +46,63 @@ def test_numbers_have_three_or_four_digits(value, shown):
     assert number(value) == shown
 
 
+def marked(*names: str) -> str:
+    """A page with old figures of each script between its markers."""
+    parts = [f"{run_all.BEGIN.format(name)}\nold figures of {name}\n{run_all.END.format(name)}" for name in names]
+    return "\n".join(["before", *parts, "after", ""])
+
+
 def test_the_page_keeps_what_is_around_the_markers(tmp_path, monkeypatch):
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"before\n{run_all.BEGIN}\nold figures\n{run_all.END}\nafter\n")
-    monkeypatch.setattr(run_all, "PAGE", page)
+    page.write_text(marked("imports", "generation", "scaling"))
+    monkeypatch.setattr(run_all, "PAGES", {page: ("imports", "generation", "scaling")})
     monkeypatch.setattr(run_all, "ROOT", tmp_path)
     monkeypatch.setattr(run_all, "title_of", lambda name: "Another form.")
     make_report().save(tmp_path / "imports.json")
     other = {"hardware": "a machine", "rows": [{"form": "plain", "MiB": 3}], "ratio": 2.5}
     (tmp_path / "generation.json").write_text(json.dumps(other))
-    run_all.write_page(tmp_path)
+    run_all.write_pages(tmp_path)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old figures" not in text
+    assert "old figures of imports" not in text
     assert "## Toy" in text
     assert "| plain |" in text
+    assert "old figures of scaling" in text  # did not run here: its last figures stay
     once = page.read_text()
-    run_all.write_page(tmp_path)
+    run_all.write_pages(tmp_path)
     assert page.read_text() == once
 
 
 def test_a_page_without_markers_is_refused(tmp_path, monkeypatch):
     page = tmp_path / "benchmarks.md"
     page.write_text("no markers")
-    monkeypatch.setattr(run_all, "PAGE", page)
+    monkeypatch.setattr(run_all, "PAGES", {page: ("imports",)})
+    make_report().save(tmp_path / "imports.json")
     with pytest.raises(SystemExit, match="between them"):
-        run_all.write_page(tmp_path)
+        run_all.write_pages(tmp_path)
     assert page.read_text() == "no markers"
 
 
-def test_the_page_of_the_documentation_has_the_markers():
-    text = run_all.PAGE.read_text()
-    assert 0 <= text.index(run_all.BEGIN) < text.index(run_all.END)
+def test_other_pages_get_the_tables_alone(tmp_path, monkeypatch):
+    page = tmp_path / "samplers.md"
+    page.write_text(marked("toy", "not measured"))
+    monkeypatch.setattr(run_all, "PAGES", {page: ("toy", "not measured")})
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    make_report().save(tmp_path / "toy.json")
+    run_all.write_pages(tmp_path)
+    text = page.read_text()
+    assert "Measured on: a machine." in text
+    assert "**T**" in text
+    assert "old figures of toy" not in text
+    assert "at most" not in text  # goals stay on the page of benchmarks
+
+
+def test_the_pages_of_the_documentation_have_the_markers_of_their_scripts():
+    for page, names in run_all.PAGES.items():
+        text = page.read_text()
+        for name in names:
+            assert 0 <= text.index(run_all.BEGIN.format(name)) < text.index(run_all.END.format(name))
 
 
 def test_the_exponent_is_the_power():
@@ -95,28 +119,3 @@ def test_time_to_reward_reads_the_first_evaluation_that_reaches_the_target():
     assert (found["seconds"], found["steps"], found["generated tokens"]) == (2.0, 1, 30)
     assert reached(outcome, 0.99)["seconds"] is None
     assert curve({"a": outcome})[1] == {"step": 1, "a: seconds": 2.0, "a: pass@1": 0.92}
-
-
-def test_other_pages_get_the_tables_alone(tmp_path, monkeypatch):
-    page = tmp_path / "samplers.md"
-    marks = "<!-- toy: begin (written by benchmarks/run_all.py) -->", "<!-- toy: end -->"
-    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    monkeypatch.setattr(run_all, "EXCERPTS", {page: ("toy", "not measured")})
-    monkeypatch.setattr(run_all, "ROOT", tmp_path)
-    make_report().save(tmp_path / "toy.json")
-    run_all.write_excerpts(tmp_path)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "Measured on: a machine." in text
-    assert "**T**" in text
-    assert "old" not in text
-    assert "at most" not in text  # goals stay on the page of benchmarks
-
-
-def test_the_pages_have_the_markers_of_their_excerpts():
-    for page, names in run_all.EXCERPTS.items():
-        for name in names:
-            text = page.read_text()
-            begin = text.index(f"<!-- {name}: begin (written by benchmarks/run_all.py) -->")
-            assert 0 <= begin < text.index(f"<!-- {name}: end -->")
