@@ -10,7 +10,7 @@ once over these dictionaries, so a new signal is a new name and never a new fiel
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
@@ -214,11 +214,17 @@ class Batch:
     def select(self: BatchT, rows: Tensor) -> BatchT:
         """A new batch of the given rows (bool ``[N]`` or int ``[n]``), with only the prompts that they refer to."""
         index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
-        kept, group = torch.unique(self.group[index], return_inverse=True)
         # On a CPU, `index_select` takes a third of the time of `v[index]`, which wakes up all threads.
-        row = {k: v.index_select(0, index) for k, v in self.row.items()}
-        row["group"] = group
-        token = {k: v.index_select(0, index) for k, v in self.token.items()}
+        return self._taking(lambda v: v.index_select(0, index))
+
+    def between(self: BatchT, start: int, stop: int) -> BatchT:
+        """The rows from ``start`` up to ``stop``: like `select`, but the signals are views of this batch's."""
+        return self._taking(lambda v: v[start:stop])
+
+    def _taking(self: BatchT, take: Callable[[Tensor], Tensor]) -> BatchT:
+        """A new batch of what ``take`` leaves of each signal, with the prompts that are still referred to."""
+        row, token = ({k: take(v) for k, v in signals.items()} for signals in (self.row, self.token))
+        kept, row["group"] = torch.unique(row["group"], return_inverse=True)
         return replace(self, prompts=self.prompts.select(kept.tolist()), row=row, token=token, edits=list(self.edits))
 
     def select_groups(self: BatchT, keep: Tensor) -> BatchT:

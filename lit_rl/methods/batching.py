@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -61,6 +62,19 @@ def micro_batches(rollouts: Rollouts, max_tokens: int, pass_tokens: int | None =
     row_order = torch.argsort(rank[unit_of], stable=True)
     rows_before = torch.cat([torch.zeros(1, dtype=torch.long), unit_rows[order].cumsum(0)])
     return list(torch.split(row_order, rows_before[[0, *ends]].diff().tolist()))
+
+
+def split(batch: Rollouts, parts: list[Tensor]) -> list[Rollouts]:
+    """The parts of a batch, given by their rows, each no wider than its longest completion.
+
+    Their signals are views of one copy of the batch's: what is written into a part reaches neither the batch nor
+    another part.
+    """
+    if not parts:
+        return []
+    ordered = batch.select(torch.cat(parts))
+    ends = list(accumulate(len(rows) for rows in parts))
+    return [ordered.between(start, end).trim() for start, end in zip([0, *ends], ends)]
 
 
 def _cheapest_cuts(rows: Any, longest: Any, max_tokens: int, price: int) -> list[int]:

@@ -25,6 +25,7 @@ from lit_rl.policies.scoring import bare_model, completion_logprobs
 if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
     from lit_rl.methods.terms import Current
+    from lit_rl.rollouts import Rollouts
 
 
 class Placement(ABC):
@@ -39,7 +40,7 @@ class Placement(ABC):
         yield
 
     @abstractmethod
-    def passes(self, parts: list[Tensor]) -> list[Tensor | None]:
+    def passes(self, parts: list[Rollouts]) -> list[Rollouts | None]:
         """The passes with gradient that this rank makes for its micro-batches; None: one without rows."""
 
     @abstractmethod
@@ -62,7 +63,7 @@ class Placement(ABC):
 class Whole(Placement):
     """Every rank holds all weights: a single process, or DDP. Gradients are reduced in the last pass alone."""
 
-    def passes(self, parts: list[Tensor]) -> list[Tensor | None]:
+    def passes(self, parts: list[Rollouts]) -> list[Rollouts | None]:
         return [*parts] or [None]  # every rank takes part in the one synchronised backward pass
 
     def reduction(self, module: RLModule, last: bool) -> AbstractContextManager[Any]:
@@ -115,7 +116,7 @@ class Sharded(Placement):
             for mine in self.plain.parameters():
                 mine.data = mine.data.new_empty(0)
 
-    def passes(self, parts: list[Tensor]) -> list[Tensor | None]:
+    def passes(self, parts: list[Rollouts]) -> list[Rollouts | None]:
         most = int(ranks.all_max(torch.tensor(len(parts), device=_device(self.plain))))
         return [*parts, *[None] * (most - len(parts))]
 

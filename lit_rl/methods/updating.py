@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_rl import distributed as ranks
 from lit_rl.hooks import callbacks_with, dispatch
-from lit_rl.methods.batching import mini_batch
+from lit_rl.methods.batching import mini_batch, split
 from lit_rl.methods.terms import Current, LossTerm, Term
 from lit_rl.policies import completion_states, token_logprobs
 from lit_rl.rollouts import Origin, Rollouts
@@ -98,14 +98,14 @@ class UpdateStage:
         """Backward over all micro-batches; the ranks may hold different numbers of them."""
         world = ranks.world_size()
         active = mini if len(rows) == len(mini) else mini.select(rows)
-        parts = self.placement.passes(self.micro_batch_rows(active))
+        parts = self.placement.passes(split(active, self.micro_batch_rows(active)))
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with self.placement.reduction(self, last):
                 if part is None:
                     self.manual_backward(self.placement.empty_loss(self))
                     continue
-                loss = self.micro_loss(active.select(part).trim(), denominators, first)
+                loss = self.micro_loss(part, denominators, first)
                 loss = self.placement.joined(self, loss, last)
                 self.manual_backward(loss * world)  # ranks are averaged over; the denominators are global already
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lit_rl.methods.batching import micro_batches, mini_batch, sequence_lengths
+from lit_rl.methods.batching import micro_batches, mini_batch, sequence_lengths, split
 from tests.core.test_rollouts import make_rollouts
 
 
@@ -73,3 +73,21 @@ def test_a_few_long_rows_are_kept_apart_from_many_short_ones():
     parts = [rows.tolist() for rows in micro_batches(rollouts, 10**6)]
     assert parts[0] == [0, 4]
     assert len(parts) == 2
+
+
+def test_a_split_holds_the_selected_rows_as_narrow_as_they_are_and_is_a_copy():
+    rollouts = make_rollouts([5, 0, 4, 2, 2], [0, 0, 1, 1, 2])
+    before = {k: v.clone() for k, v in rollouts.token.items()}
+    parts = [torch.tensor([2, 0]), torch.tensor([3, 1, 4])]
+    made = split(rollouts, parts)
+    for rows, part in zip(parts, made):
+        expected = rollouts.select(rows).trim()
+        assert part.width == max(rollouts.lengths[rows])
+        assert [x.tolist() for x in part.prompts.ids] == [x.tolist() for x in expected.prompts.ids]
+        for mine, other in ((part.row, expected.row), (part.token, expected.token)):
+            assert mine.keys() == other.keys()
+            for name in mine:
+                torch.testing.assert_close(mine[name], other[name], equal_nan=True)
+        part.loss_weights.mul_(7.0)
+    assert all(torch.equal(rollouts.token[k].nan_to_num(), before[k].nan_to_num()) for k in before)
+    assert split(rollouts, []) == []
