@@ -18,11 +18,19 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How the policy that every arm starts from is made; cached by a hash of exactly this and of the named files."""
+    """How the policy that every arm starts from is made; cached by a hash of exactly this and of the named files.
+
+    Attributes:
+        configs: files of the supervised run.
+        overrides: single values over those.
+        seed: of weights and data.
+        vocabulary_size: entries of the character tokenizer.
+    """
 
     configs: Sequence[str] = ("configs/quickstart-warmup.yaml",)
     overrides: Overrides = field(default_factory=dict)
     seed: int = 1
+    vocabulary_size: int = 64
 
 
 COLD_START = WarmStart(

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.claims.claim import Claim, Overrides, series
 
 DOCS = Path("docs/claims")
+MOST_COLUMNS = 4  # arms beside the baseline that a table has columns for; more of them are rows
 # Student's t, two-sided 95 %, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131}
 
@@ -60,7 +61,7 @@ def cell(values: Sequence[float]) -> str:
     if any(not math.isfinite(v) for v in values):
         return ", ".join(number(v) for v in values)
     mean, half = interval(values)
-    return f"{number(mean)} ± {number(half)}"
+    return number(mean) if math.isinf(half) else f"{number(mean)} ± {number(half)}"
 
 
 def difference(baseline: Sequence[float], method: Sequence[float], better: str) -> str:
@@ -69,6 +70,8 @@ def difference(baseline: Sequence[float], method: Sequence[float], better: str) 
     if any(not math.isfinite(g) for g in gaps):
         return "–"
     mean, half = interval(gaps)
+    if math.isinf(half):
+        return f"{mean:+.3g}, one seed"
     if abs(mean) <= half:
         return f"{mean:+.3g} ± {half:.2g}, no clear difference"
     return f"**{mean:+.3g} ± {half:.2g}**, {'better' if (mean > 0) == (better == 'higher') else 'worse'}"
@@ -94,10 +97,9 @@ def seeds_higher(results: Results, baseline: str, method: str, label: str) -> st
 
 
 def table(results: Results) -> str:
-    """One row a metric: every arm's mean and interval, and its paired difference to the baseline."""
+    """One row a metric: every arm's mean and interval, and its paired difference to the baseline. Many arms: rows."""
     first, *others = (arm.name for arm in results.claim.arms)
-    head = ["metric", first, *(h for name in others for h in (name, f"{name} − {first}"))]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    grid = [["metric", first, *(h for name in others for h in (name, f"{name} − {first}"))]]
     for metric in results.claim.metrics:
         base = results.values(first, metric.label)
         row = [f"{metric.label} ({metric.better} is better)"]
@@ -105,8 +107,11 @@ def table(results: Results) -> str:
         for name in others:
             values = results.values(name, metric.label)
             row += counted(base, values) if metric.counts else (cell(values), difference(base, values, metric.better))
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        grid.append(row)
+    if len(others) > MOST_COLUMNS:
+        grid = [list(row) for row in zip(*grid, strict=True)]
+    head, *rows = (f"| {' | '.join(row)} |" for row in grid)
+    return "\n".join([head, f"|{'---|' * len(grid[0])}", *rows])
 
 
 def plot(results: Results, path: Path) -> None:

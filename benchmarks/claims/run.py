@@ -14,7 +14,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.claims.report import DOCS, Results, assemble, table, write
 from benchmarks.claims.runner import run_claim, warm_policy
 
-CLAIMS = ("dot", "grpo_lambda", "recap", "npo", "opd", "gopd", "kdrl", "tip")
+CLAIMS = (
+    "dot",
+    "grpo_lambda",
+    "recap",
+    "npo",
+    "opd",
+    "gopd",
+    "kdrl",
+    "tip",
+    "self_distillation",
+    "paced",
+    "caopd",
+    "samplers",
+)
 
 
 def main() -> None:

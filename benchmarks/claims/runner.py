@@ -46,7 +46,8 @@ def warm_policy(start: WarmStart) -> Path:
     if policy.exists():
         return policy
     if not (folder / "untrained").exists():
-        lit_rl(log, 1, "new-policy", str(folder / "untrained"), "--seed", str(start.seed))
+        size = f"--vocabulary_size={start.vocabulary_size}"
+        lit_rl(log, 1, "new-policy", str(folder / "untrained"), size, "--seed", str(start.seed))
     own = {"model.init_args.policy.path": folder / "untrained", "trainer.default_root_dir": folder / "run"}
     seeds = {"model.init_args.seed": start.seed, "data.init_args.seed": start.seed}
     quiet = {"trainer.enable_progress_bar": False, "ckpt_path": "last"}

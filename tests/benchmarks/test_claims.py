@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def test_runs_are_compared_by_seed_and_collapses_are_counted(tmp_path: Path) -> 
         "| score (higher is better) | 0.500 ± 3.812 | 0.800 ± 2.541 | +0.3 ± 1.3, no clear difference |"
     )
     assert lines[3] == "| collapsed (lower is better) | 1 of 2 | 0 of 2 | -1 |"
+
+
+def test_many_arms_are_rows(tmp_path: Path) -> None:
+    arms = [Arm(name) for name in "abcdef"]
+    runs = {arm.name: [write_run(tmp_path / arm.name, {"val": [0.5]})] for arm in arms}
+    claim = dataclasses.replace(small_claim(), arms=arms)
+    lines = report.table(report.Results(claim, [1], runs, tmp_path)).splitlines()
+    assert lines[0] == "| metric | score (higher is better) | collapsed (lower is better) |"
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| a", "| b", "| b − a", "| c"]
+    assert len(lines) == 2 + 11
 
 
 def test_the_report_says_what_each_arm_adds() -> None:
