@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl.distributed import all_max
+from lit_rl.requeue import requeue, requeue_signal
 from lit_rl.storage import write_atomically
 
 SUFFIX = ".ckpt"
@@ -119,7 +120,8 @@ class RolloutCheckpoint(Checkpoint):
 
     Ctrl-C (SIGINT) and SIGTERM stop generation at the next token; the interrupted step is thrown away, because it
     will be drawn again, and the state before it is saved. The process then exits with status 130 or 143. A second
-    Ctrl-C aborts at once and leaves the last good file.
+    Ctrl-C aborts at once and leaves the last good file. In a SLURM job that Lightning would requeue, its signal stops
+    the run in the same way, and the job is queued again after the save.
 
     Args:
         every_n_rollouts: save when ``rollout_step`` is a multiple of this.
@@ -144,7 +146,7 @@ class RolloutCheckpoint(Checkpoint):
         self.received: int | None = None
         self._last_time = time.monotonic()
         self._last_clock = -1
-        self._handlers: dict[int, Any] = {}
+        self._requeue_signal: int | None = None
 
     def directory(self, module: LightningModule) -> Path:
         """Where the checkpoints of this run are."""
@@ -169,8 +171,10 @@ class RolloutCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: Lightning installs a handler of its own for SIGTERM, which would end the run without a save.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+            self._requeue_signal = requeue_signal(trainer)
+            numbers = (signal.SIGINT, signal.SIGTERM, self._requeue_signal)
+            for number in (n for n in numbers if n is not None):
+                signal.signal(number, self._on_signal)  # Lightning restores all handlers when the run ends
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -214,11 +218,10 @@ class RolloutCheckpoint(Checkpoint):
         self.save(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
         if self.received is not None and stage == "fit":
             rank_zero_info(f"Stopped by signal {self.received}; resume with --ckpt_path last.")
+            if self.received == self._requeue_signal and trainer.is_global_zero:
+                requeue()
 
 
 def file_name(clock: int) -> str:

@@ -136,6 +136,43 @@ def test_a_signal_while_sampling_undoes_the_step_and_the_resumed_run_draws_it_ag
     assert_same_run(whole, rest, tmp_path)
 
 
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of SLURM; the file that its ``scontrol`` writes its words to."""
+    job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "4711", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    said, tool = tmp_path / "bin" / "said", tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    return said
+
+
+def test_the_signal_before_the_end_of_a_slurm_job_saves_between_two_steps_and_queues_the_job_again(
+    whole, policy, tmp_path, slurm
+):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    folder = tmp_path / "run"
+    first = logged_run(folder, policy, STEPS, callbacks=[Interrupt(5, signal.SIGUSR1)])
+    assert first.clock == first.rollout_step == 5
+    assert slurm.read_text() == "requeue 4711\n"
+    assert sorted(p.name for p in folder.rglob("*.ckpt")) == ["clock00000004.ckpt", "clock00000005.ckpt"]  # no hpc_ckpt
+    assert [signal.getsignal(number) for number in numbers] == before
+    rest = logged_run(folder, policy, STEPS, checkpoint=last_good_checkpoint(folder))
+    assert_same_run(whole, rest, folder)
+    assert slurm.read_text() == "requeue 4711\n"  # the second job came to its end
+
+
+def test_a_slurm_that_does_not_queue_the_job_again_is_announced(policy, tmp_path, slurm):
+    (slurm.parent / "scontrol").write_text("#!/bin/sh\necho not allowed >&2\nexit 1\n")
+    with pytest.warns(UserWarning, match=r"did not queue job 4711 again \(not allowed\)"):
+        logged_run(tmp_path / "run", policy, STEPS, callbacks=[Interrupt(1, signal.SIGUSR1)])
+
+
 def test_a_validation_that_a_signal_cuts_short_is_not_reported_and_made_up_for_on_resume(whole, policy, tmp_path):
     class InterruptValidation(Callback):
         def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
