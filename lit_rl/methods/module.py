@@ -247,8 +247,19 @@ class RLModule(RunState, RecallStage, UpdateStage, Evaluation, Reporting, Lightn
         )
 
     def encode(self, records: list[dict[str, Any]], draws: Iterable[int]) -> Prompts:
-        """Records of the data source as prompts."""
-        return self.encoder.encode(records, list(draws))
+        """Records of the data source as prompts.
+
+        Raises:
+            ValueError: the encoder adds ``model_inputs``, which no sampler of the package and no scoring pass reads.
+        """
+        prompts = self.encoder.encode(records, list(draws))
+        if prompts.model_inputs:
+            raise ValueError(
+                f"{type(self.encoder).__name__} adds further inputs of the model ({', '.join(prompts.model_inputs)}), "
+                "which training would ignore: the policy reads text only for now. Override `encode`, the sampler and "
+                "`current` of the method to pass them on, or leave them out."
+            )
+        return prompts
 
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Run the rewards. Scoring again replaces raw terms and verdicts; weights that callbacks set stay."""

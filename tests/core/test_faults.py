@@ -16,6 +16,7 @@ from lit_rl.methods import GRPO, RLModule
 from lit_rl.methods.updating import NonFiniteGradientError
 from lit_rl.objectives import AdvantageNormalizer
 from lit_rl.policies import Policy
+from lit_rl.prompts import PromptEncoder
 from lit_rl.rewards import FunctionReward, RewardSetupError
 from lit_rl.storage import load_rollouts
 from lit_rl.testing import final_state, make_module, make_policy, toy_reward, train
@@ -154,6 +155,18 @@ def test_a_reward_that_fails_later_or_has_no_opinion_does_not(policy, tmp_path):
         module, watch = run(tmp_path, policy, rewards=rewards, max_rollouts=3)
     assert [m.get("reward/late_error") for m in watch.metrics] == [None, 16, 16]
     assert module.clock == 3
+
+
+class SeesImages(PromptEncoder):
+    def encode(self, records: Any, draws: Any) -> Any:
+        prompts = super().encode(records, draws)
+        prompts.model_inputs["pixel_values"] = [None] * len(prompts)
+        return prompts
+
+
+def test_inputs_that_training_would_ignore_are_refused(policy, tmp_path):
+    with pytest.raises(ValueError, match=r"SeesImages adds further inputs of the model \(pixel_values\)"):
+        run(tmp_path, policy, encoder=SeesImages)
 
 
 def test_failures_in_a_validation_are_not_those_of_training(policy, tmp_path):
