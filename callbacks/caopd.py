@@ -47,12 +47,17 @@ def with_confidence(text: str, confidence: float) -> str:
 
 
 def spoken_confidence(text: str) -> float:
-    """The number after the last ``Confidence:`` as a fraction, NaN if there is none. ``90 %`` is 0.9."""
+    """The number after the last ``Confidence:`` as a fraction, NaN if there is none. ``90 %`` is 0.9.
+
+    A number that is no fraction (``Confidence: 2558``) is not a confidence either: one such completion would outweigh
+    all others in a mean. How many are left is logged (``confidence_spoken``).
+    """
     found = _SPOKEN.findall(text)
     if not found:
         return math.nan
     number, percent = found[-1]
-    return float(number) / (100 if percent else 1)
+    fraction = float(number) / (100 if percent else 1)
+    return fraction if fraction <= 1 else math.nan
 
 
 class CalibratedOPD(RolloutCallback):

@@ -56,7 +56,8 @@ def test_everything_from_the_first_confidence_on_is_replaced():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("a\nConfidence: 0.8", 0.8), ("confidence: 90%", 0.9), ("Confidence: 0.1\nConfidence: .7", 0.7),
-     ("Confidence: 1", 1.0), ("I am sure", NAN), ("Confidence: high", NAN)],
+     ("Confidence: 1", 1.0), ("I am sure", NAN), ("Confidence: high", NAN),
+     ("Confidence: 2558", NAN), ("Confidence: 101 %", NAN)],
 )  # fmt: skip
 def test_spoken_confidence(text, expected):
     assert spoken_confidence(text) == pytest.approx(expected, nan_ok=True)
