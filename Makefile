@@ -51,6 +51,7 @@ engines: vllm-cpu ## tests of vLLM, Ray and bitsandbytes, none of them skipped
 
 docs: env ## build the documentation
 	$(BIN)/mkdocs build --strict -q
+	@echo "The documentation is in site/index.html"
 
 bench: env ## speed and memory, side by side with the peer
 	$(BIN)/python benchmarks/run_all.py

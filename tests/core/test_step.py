@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def test_everything_that_the_documentation_names_is_logged_at_the_clock(policy, 
     for name in LOGGED.split():
         assert [e.step for e in events.Scalars(name)] == [0, 1], name
     assert [e.value for e in events.Scalars("rollout_step")] == [0, 1]
+
+
+def test_everything_that_is_logged_is_on_the_page_of_logged_names(policy, tmp_path):
+    """Names in full, or the last part where the page lists several of one kind in a row."""
+    module = make_module(policy, max_rollouts=1, reference=FrozenCopy(), kl_coef=0.1, updates_per_rollout=2)
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    train(tmp_path, module, logger=logger, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
+    page = (Path(__file__).parents[2] / "docs" / "logged-names.md").read_text()
+    named = set(re.findall(r"`([^`]+)`", page))
+    families = ("reward/", "loss/", "val/pass@", "val/maj@")
+    logged = [name for name in scalars(tmp_path) if not name.startswith(families)]
+    assert len(logged) > 20
+    unknown = [n for n in logged if n not in named | {"epoch", "hp_metric"} and n.partition("/")[2] not in named]
+    assert not unknown
 
 
 def test_a_number_belongs_to_its_step_only(policy, tmp_path):

@@ -71,6 +71,23 @@ def test_the_example_reward_scores_what_it_can(examples: None):
     assert bool(values[2].isnan())
 
 
+def test_the_example_reward_of_one_completion_reads_its_column(examples: None):
+    import my_reward
+
+    assert my_reward.close_enough("7+8=15#15", "15") == 1.0
+    assert my_reward.close_enough("#13", "15") == pytest.approx(1 / 3)
+    assert my_reward.close_enough("#", "15") == my_reward.close_enough("none", "15") == 0.0
+
+
+def test_the_page_shows_the_examples_as_they_are():
+    page = (ROOT / "docs" / "extend.md").read_text()
+    shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    files = [(ROOT / "examples" / f"{name}.py").read_text() for name in ("my_callback", "my_reward")]
+    strange = [code for code in shown if not any(code.strip() in text for text in files)]
+    assert len(shown) == 4
+    assert not strange
+
+
 def test_the_callback_of_the_readme_runs(tmp_path: Path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
