@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lit_rl.data import EvalSet, MixedStream, PromptDataModule, RelabelledStream
+from lit_rl.header import summary
 
 
 class MixtureDataModule(PromptDataModule):
@@ -36,6 +37,10 @@ class MixtureDataModule(PromptDataModule):
         if not sources:
             raise ValueError("A mixture needs at least one source: pass `sources` as a dictionary from name to source.")
         self.sources, self.weights, self.seed = dict(sources), weights, seed
+
+    def describe(self) -> str:
+        """The class and its sources."""
+        return f"{type(self).__name__}({', '.join(f'{name}: {summary(s)}' for name, s in self.sources.items())})"
 
     def prepare_data(self) -> None:
         """Download what the sources need."""

@@ -36,6 +36,7 @@ def read_rows(path: str, split: str, subset: str | None = None, revision: str | 
     Raises:
         FileNotFoundError: nothing is there.
         ImportError: a package is missing.
+        OSError: the hub cannot be reached, or does not have the dataset.
         ValueError: the format or the split is unknown.
     """
     files = find_files(path, split)
@@ -73,9 +74,12 @@ def read_jsonl(file: Path) -> Rows:
                 continue
             where = f"{file}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:  # broken JSON or broken UTF-8
-                yield where, f"is not valid JSON ({error})"
+                row = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:  # which counts lines too, within this one
+                yield where, f"is not valid JSON ({error.msg} at column {error.colno})"
+                continue
+            except UnicodeDecodeError as error:
+                yield where, f"is not valid UTF-8 ({error.reason} at byte {error.start + 1})"
                 continue
             yield where, row if isinstance(row, dict) else f"holds {type(row).__name__}, not a JSON object"
 
@@ -148,6 +152,13 @@ def load_dataset(path: str, split: str, subset: str | None = None, revision: str
         return datasets.load_dataset(str(folder) if folder.is_dir() else path, subset, split=split, revision=revision)
     except ValueError as error:  # unknown split or subset: the message lists those that there are
         raise ValueError(f"Cannot read split {split!r} of {path}: {error}") from error
+    except OSError as error:  # no network, no such dataset, or one that needs a login
+        if folder.is_dir():
+            raise
+        raise OSError(
+            f"Cannot load {path} from the Hugging Face hub ({' '.join(str(error).split())}): check its name and the "
+            "network, or name a local file or folder in `path`."
+        ) from error
 
 
 def require(package: str, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from lit_rl.data import PromptDataModule
 from lit_rl.datamodules.sources import EvalSource, PromptTemplate, Source
+from lit_rl.header import changed_arguments
 
 SourceT = TypeVar("SourceT", bound=Source)
 
@@ -43,6 +44,13 @@ class TextDataModule(PromptDataModule):
         self.train = None if train is None else self.with_template(train)
         self.val = [self.with_template(source) for source in val]
         self.test = [self.with_template(source) for source in test] or self.val
+
+    def describe(self) -> str:
+        """The class, where the prompts of training come from, and the settings that are no defaults."""
+        settings = {k: v for k, v in changed_arguments(self).items() if k not in ("train", "val", "test", "template")}
+        parts = [] if self.train is None else [self.train.path]
+        parts += [f"{name}={value}" for name, value in settings.items()]
+        return f"{type(self).__name__}({', '.join(parts)})" if parts else type(self).__name__
 
     def with_template(self, source: SourceT) -> SourceT:
         """The source with this module's template, if it has none of its own."""

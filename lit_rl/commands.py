@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def export(run: str, output: str, checkpoint: str = "last", merge: bool = False, force: bool = False) -> None:
+def export(
+    run: str,
+    output: str,
+    checkpoint: str = "last",
+    merge: bool = False,
+    force: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Write the policy of a run as a folder in hub format, ready for ``from_pretrained``, vLLM or another run.
 
     Args:
@@ -17,9 +24,12 @@ def export(run: str, output: str, checkpoint: str = "last", merge: bool = False,
         checkpoint: a checkpoint file, ``last`` (the newest intact one of the run) or ``best``.
         merge: merge a LoRA adapter into its base weights instead of writing the adapter alone.
         force: merge even into a 4-bit base, which rounds the weights.
+        overwrite: write into a folder that holds something already.
     """
     from lit_rl.policies import export as write
 
+    if Path(output).exists() and not overwrite and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise FileExistsError(f"{output} is there already: name another folder, or pass --overwrite true.")
     model, tokenizer = load_trained(run, checkpoint)
     write(model, tokenizer, output, merge=merge, force=force)
     print(f"Wrote {output}")
@@ -96,10 +106,16 @@ def load_trained(run: str | Path, checkpoint: str = "last") -> tuple[Any, Any]:
     """
     import torch
 
-    from lit_rl.lightning_cli import resolve_checkpoint
+    from lit_rl.lightning_cli import require_checkpoint, resolve_checkpoint
 
     run = Path(run)
-    path = resolve_checkpoint(run, checkpoint, required=True) if checkpoint in ("last", "best") else checkpoint
+    if not run.is_dir():
+        raise FileNotFoundError(f"There is no run {run}: name its directory, which holds config.yaml and checkpoints.")
+    path: str | None = checkpoint
+    if checkpoint in ("last", "best"):
+        path = resolve_checkpoint(run, checkpoint, required=True, option="--checkpoint")
+    else:
+        require_checkpoint(checkpoint, run, option="--checkpoint")
     assert path is not None  # it is required
     model, tokenizer = configured_policy(run).load()
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from lit_rl import __version__
+from lit_rl.data import MixedStream, PromptStream
 from lit_rl.hooks import RolloutCallback
 
 if TYPE_CHECKING:
@@ -129,12 +130,20 @@ def _reward(reward: Any) -> str:
 def _data(data: Any) -> list[str]:
     if data is None:
         return []
-    lines = [summary(data)]
+    lines = [f"{summary(data)}{_size(data.train_stream) if getattr(data, 'trains', False) else ''}"]
     for s in getattr(data, "eval_sets", []):
         settings = {k: getattr(s, k) for k in ("temperature", "top_p", "max_tokens") if getattr(s, k) is not None}
         text = "".join(f", {k} {_short(v)}" for k, v in settings.items())
         lines.append(f"evaluation {s.name}: {len(s):,} prompts × {_count(s.samples, 'completion')}{text}")
     return lines
+
+
+def _size(stream: PromptStream) -> str:
+    """How many prompts there are to train on, as far as there is an end to them."""
+    if isinstance(stream, MixedStream):
+        sizes = [f"{s.size:,} {name}" for name, s in stream.sources.items() if s.size is not None]
+        return f": prompts of {', '.join(sizes)}" if sizes else ""
+    return "" if stream.size is None else f": {_count(stream.size, 'prompt')}"
 
 
 def _callbacks(callbacks: Iterable[Any]) -> list[str]:

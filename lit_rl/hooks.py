@@ -18,9 +18,11 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rl.rollouts import Batch, Edit, Rollouts
+from lit_rl.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
@@ -189,6 +191,15 @@ def callbacks_with(trainer: Trainer, hook: str) -> list[Any]:
         if method is not None and method is not empty:
             found.append(callback)
     return found
+
+
+def warn_of_misspelt_hooks(callback: Callback) -> None:
+    """Warn of methods that look like hooks and that nobody will call."""
+    if not isinstance(callback, RolloutCallback):
+        return
+    known = [name for name in dir(RolloutCallback) if name.startswith("on_")]
+    for name in sorted(n for n in dir(callback) if n.startswith("on_") and n not in known):
+        rank_zero_warn(f"{type(callback).__name__}.{name} is no hook: nothing calls it.{did_you_mean(name, known)}")
 
 
 def required_signals(trainer: Trainer) -> dict[str, list[str]]:

@@ -12,10 +12,11 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lit_rl.checkpoint import DurableCheckpointIO, RolloutCheckpoint, last_good_checkpoint
+from lit_rl.checkpoint import SUFFIX, DurableCheckpointIO, RolloutCheckpoint, last_good_checkpoint
 from lit_rl.complaints import PlainMessages
 from lit_rl.predictions import PredictionWriter
 from lit_rl.progress import RolloutProgressBar
+from lit_rl.spelling import did_you_mean
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
@@ -112,8 +113,16 @@ class LitRLCLI(LightningCLI):
             )
         if config.get("ckpt_path") in ("last", "best"):
             config.ckpt_path = resolve_checkpoint(run_dir, config.ckpt_path, required=self.subcommand != "fit")
+        elif config.get("ckpt_path") is not None:
+            require_checkpoint(config.ckpt_path, run_dir)
         elif self.subcommand == "fit" and config.get("ckpt_path") is None and not config.print_plan:
             make_room(run_dir, config.overwrite)
+        elif self.subcommand != "fit" and config.get("ckpt_path") is None and any(run_dir.rglob(f"*{SUFFIX}")):
+            print(
+                f"{self.subcommand} takes the policy of model.init_args.policy as it is. For the one that was trained "
+                f"in {run_dir} add --ckpt_path last.",
+                file=sys.stderr,
+            )
         if self.subcommand == "predict" and config.get("return_predictions") is None:
             config.return_predictions = False  # they are in files
 
@@ -147,7 +156,7 @@ class LitRLCLI(LightningCLI):
         return run_header(model, trainer.world_size)
 
 
-def resolve_checkpoint(run_dir: Path, which: str, required: bool) -> str | None:
+def resolve_checkpoint(run_dir: Path, which: str, required: bool, option: str = "--ckpt_path") -> str | None:
     """Path of the ``last`` or ``best`` intact checkpoint of a run.
 
     Args:
@@ -155,6 +164,7 @@ def resolve_checkpoint(run_dir: Path, which: str, required: bool) -> str | None:
         which: ``last``: the newest that `RolloutCheckpoint` wrote. ``best``: the one whose file name starts with
             ``best`` (see ``configs/best_checkpoint.yaml``).
         required: whether there must be one. Otherwise a run without any starts from the beginning.
+        option: how the user says which.
 
     Raises:
         FileNotFoundError: there is none, but one is required.
@@ -164,19 +174,38 @@ def resolve_checkpoint(run_dir: Path, which: str, required: bool) -> str | None:
         found = sorted(run_dir.rglob("best*.ckpt"))
         if len(found) > 1:
             names = ", ".join(str(p) for p in found)
-            raise ValueError(f"There are several best checkpoints: pass one of {names} as --ckpt_path.")
+            raise ValueError(f"There are several best checkpoints: pass one of {names} as {option}.")
         path = found[0] if found else None
     else:
         path = last_good_checkpoint(run_dir)
     if path is None and (required or which == "best"):
         hint = " (callbacks of configs/best_checkpoint.yaml write one)" if which == "best" else ""
         raise FileNotFoundError(
-            f"There is no {which} checkpoint below {run_dir}{hint}: train first, or name a file with --ckpt_path. "
-            "Without --ckpt_path the policy is taken as it is in model.init_args.policy."
+            f"There is no {which} checkpoint below {run_dir}{hint}: train first, or name a file with {option}."
+            + (" Without it the policy is taken as it is in model.init_args.policy." if option == "--ckpt_path" else "")
         )
     if path is None:
         print(f"No checkpoint below {run_dir} yet: starting from the beginning.", file=sys.stderr)
     return None if path is None else str(path)
+
+
+def require_checkpoint(path: Any, run_dir: Path, option: str = "--ckpt_path") -> None:
+    """Refuse a checkpoint that is not there before anything is loaded.
+
+    Args:
+        path: what the user gave; an address or a word of Lightning's (``hpc``, ``registry``) is left to Lightning.
+        run_dir: the run's directory, whose checkpoints are suggested.
+        option: how the user gave it.
+
+    Raises:
+        FileNotFoundError: with what may have been meant.
+    """
+    name = str(path)
+    if "://" in name or name.partition(":")[0] in ("hpc", "registry") or Path(name).expanduser().exists():
+        return
+    known = [str(p) for p in run_dir.rglob(f"*{SUFFIX}")]
+    hint = did_you_mean(name, ["last", "best"]) or did_you_mean(name, known)
+    raise FileNotFoundError(f"There is no checkpoint {name}: give a file, last or best to {option}.{hint}")
 
 
 def make_room(run_dir: Path, overwrite: bool) -> None:

@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rl import distributed as ranks
-from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals
+from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals, warn_of_misspelt_hooks
 from lit_rl.methods.placement import Placement, Whole, check_strategy, placed
 from lit_rl.methods.reporting import tensorboard_file
+from lit_rl.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from lit_rl.data import PromptDataModule
@@ -43,6 +44,7 @@ class RunState:
     required: list[str]
     providers: dict[str, Provider]
     _mismatch_known: bool
+    _idle: dict[str, float]
     update_index: int  # optimizer steps before the one that runs
     validation_is_due: bool  # it was cut short by a signal
     sampled_plainly: bool  # with the module's own temperature, from the full support
@@ -61,6 +63,7 @@ class RunState:
         self._frozen_states: dict[str, Any] = {}
         self.update_index = 0
         self._mismatch_known = False
+        self._idle = {}
         self._boundary: dict[str, Any] | None = None
         self._prepared = False
         self.interrupted = self.sampled_plainly = self.validation_is_due = False
@@ -159,10 +162,12 @@ class RunState:
         for signal, by in wanted.items():
             if signal not in present and signal not in self.providers:
                 hint = hints.get(signal, f"register a provider in module.providers[{signal!r}]")
-                raise ValueError(f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.")
+                meant = did_you_mean(signal, {*present, *self.providers, *hints} - {signal})
+                raise ValueError(f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.{meant}")
         self.required = [s for s in self.providers if s in wanted and s not in present]
         self.sampler.check_setup(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            warn_of_misspelt_hooks(callback)
             check = getattr(callback, "check_setup", None)
             if check is not None:
                 check(self)
@@ -208,20 +213,27 @@ class RunState:
     def on_fit_start(self: RLModule) -> None:
         if not self.trainer.strategy.restore_checkpoint_after_setup:
             self.prepare_run()
-        if self.rollout_step >= self.max_rollouts:
-            self.trainer.should_stop = True
+        self.stop_if_over()
 
     def on_train_start(self: RLModule) -> None:
         """After a resume, tell TensorBoard to forget what was logged beyond the checkpoint."""
         self.prepare_run()
-        if self.rollout_step >= self.max_rollouts:
-            self.trainer.should_stop = True
+        self.stop_if_over()
         if self.clock == 0:
             return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         for file in filter(None, map(tensorboard_file, self.loggers)):
             file.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=self.clock))
+
+    def stop_if_over(self: RLModule) -> None:
+        """End a run that was continued from its last step, and say so."""
+        if self.rollout_step >= self.max_rollouts and not self.trainer.should_stop:
+            self.trainer.should_stop = True
+            rank_zero_info(
+                f"Nothing is left to do: the checkpoint is at rollout step {self.rollout_step} and the run ends at "
+                f"max_rollouts={self.max_rollouts}. Raise model.init_args.max_rollouts to train on."
+            )
 
     def begin_step(self: RLModule) -> None:
         """Between two steps (called by the datamodule): let whoever saves the run do so."""

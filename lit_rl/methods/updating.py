@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lit_rl.methods.module import RLModule
 
 
+IDLE_UPDATES = 10  # optimizer steps without anything to train on, after which a term is warned about
 LARGE_MISMATCH = 0.05  # nats a token; rounding in half precision makes about 0.001
 
 
@@ -78,7 +79,9 @@ class UpdateStage:
                 active |= term.active(mini)
         counts = torch.stack([*(term.averaging(mini)[1].to(self.device) for term in self.loss_terms), active.sum()])
         counts = ranks.all_sum(counts.double())
-        if not counts[-1]:
+        *trained, rows = counts.tolist()
+        self.warn_of_idle_terms(trained)
+        if not rows:
             return mini
         denominators = counts[:-1].unbind()
         optimizer: Any = self.optimizers()
@@ -175,6 +178,21 @@ class UpdateStage:
         gap = torch.where(where, current.logprobs.detach() - micro.logprobs["sampler"], 0.0)
         self.ledger.mean("policy/kl_sampler", gap.exp() - gap - 1, where)
         self.ledger.largest("policy/sampler_gap_max", gap.abs(), where)
+
+    def warn_of_idle_terms(self: RLModule, trained: list[float]) -> None:
+        """Say so if a term with a coefficient has had nothing to train on since the run began."""
+        for term, count in zip(self.loss_terms, trained):
+            if count:
+                self._idle[term.name] = -math.inf  # it is fed: never warn of it
+            elif term.coefficient(self):
+                self._idle[term.name] = self._idle.get(term.name, 0) + 1
+            if self._idle.get(term.name) == IDLE_UPDATES:
+                origins = sorted(Origin(o).name.lower() for o in term.origins or Origin)
+                rank_zero_warn(
+                    f"The loss term {term.name!r} has trained nothing in {IDLE_UPDATES} optimizer steps: there were no "
+                    f"completions of origin {' or '.join(origins)}. Use a sampler or a callback that delivers some "
+                    "(configs/data/mixture.yaml), or set its coefficient to 0."
+                )
 
     def warn_of_mismatch(self: RLModule, numbers: dict[str, float]) -> None:
         """Say so if the first batch shows that sampler and trainer do not speak of the same distribution."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,29 @@ def check_resume(
         train(run, part, [*callbacks(), stopper], data=data())
         assert part.clock == at, f"the run was to stop at clock {at} but stopped at {part.clock}"
         train(run, rest, second, checkpoint=run / "checkpoints" / file_name(at), data=data())
-        assert_same_weights(final_state(whole), final_state(rest))
-        assert (whole.clock, whole.rollout_step, whole.cursor) == (rest.clock, rest.rollout_step, rest.cursor)
-        for mine, theirs in zip(first, second):
-            assert_same_state(mine.state_dict(), theirs.state_dict(), f"{type(mine).__name__}, stopped {how},")
-        ends = [
-            torch.load(x / "checkpoints" / file_name(whole.clock), weights_only=True) for x in (folder / "whole", run)
-        ]
-        for name in ("optimizer_states", "lr_schedulers", "lit_rl"):
-            assert_same_state(ends[0][name], ends[1][name], f"The run, stopped {how},")
+        with _advice_on_state(how):
+            assert_same_weights(final_state(whole), final_state(rest))
+            assert (whole.clock, whole.rollout_step, whole.cursor) == (rest.clock, rest.rollout_step, rest.cursor)
+            for mine, theirs in zip(first, second):
+                assert_same_state(mine.state_dict(), theirs.state_dict(), f"{type(mine).__name__}, stopped {how},")
+            ends = [
+                torch.load(x / "checkpoints" / file_name(whole.clock), weights_only=True)
+                for x in (folder / "whole", run)
+            ]
+            for name in ("optimizer_states", "lr_schedulers", "lit_rl"):
+                assert_same_state(ends[0][name], ends[1][name], f"The run, stopped {how},")
+
+
+@contextmanager
+def _advice_on_state(how: str) -> Iterator[None]:
+    """Add to a failure inside what most often is its cause."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(
+            f"{error}\nA run that was stopped {how} does not go on as it would have: what a component remembers "
+            "between steps it must return from `state_dict` and restore in `load_state_dict`."
+        ) from error
 
 
 def assert_same_state(mine: Any, theirs: Any, label: str = "state") -> None:

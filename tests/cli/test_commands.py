@@ -177,6 +177,14 @@ def test_an_evaluation_before_training_does_not_count_as_a_run(run: Run, tmp_pat
     assert len(events.Scalars("val/pass@1")) == 1
 
 
+def test_an_evaluation_of_the_untrained_policy_beside_checkpoints_says_so(run: Run, tmp_path: Path, capsys: Any):
+    run.words("validate", "--trainer.logger=false")
+    assert f"For the one that was trained in {run.folder} add --ckpt_path last." in capsys.readouterr().err
+    run.words("validate", "--trainer.logger=false", "--ckpt_path=last")
+    main(["validate", "--config", str(run.config), f"--trainer.default_root_dir={tmp_path}"])
+    assert "that was trained in" not in capsys.readouterr().err
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -268,4 +276,18 @@ def test_exporting_what_is_no_run_is_an_error_that_says_so(tmp_path: Path, capsy
     with pytest.raises(SystemExit) as stopped:
         main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     assert stopped.value.code == 2
-    assert "There is no last checkpoint below" in capsys.readouterr().err
+    assert "There is no run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "empty"), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "There is no last checkpoint below" in said
+    assert "name a file with --checkpoint." in said
+
+
+def test_an_export_does_not_write_over_something_else(tmp_path: Path, capsys: Any):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path), str(tmp_path / "out")])
+    assert "is there already: name another folder, or pass --overwrite true" in capsys.readouterr().err

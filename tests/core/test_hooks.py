@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with
+from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, warn_of_misspelt_hooks
 from lit_rl.methods import RLModule
 from lit_rl.policies import FrozenCopy
 from lit_rl.rollouts import Edit
@@ -72,6 +73,28 @@ def test_any_lightning_callback_may_have_hooks_and_inherited_empty_ones_do_not_c
     assert plain.seen == 16
     assert callbacks_with(module.trainer, "on_rollouts") == [plain]
     assert callbacks_with(module.trainer, "on_rewards") == []
+
+
+class Misspelt(RolloutCallback):
+    def on_rolouts(self, trainer: Any, module: Any, rollouts: Any) -> None:
+        raise AssertionError("nobody calls it")
+
+
+def test_a_misspelt_hook_is_warned_about(policy, tmp_path):
+    with pytest.warns(UserWarning, match=r"Misspelt\.on_rolouts is no hook: .* Did you mean on_rollouts\?"):
+        run(tmp_path, policy, Misspelt())
+
+
+def test_no_callback_of_the_package_has_a_misspelt_hook():
+    import lit_rl.callbacks as ours
+
+    kinds = [v for v in (getattr(ours, name) for name in ours.__all__) if isinstance(v, type)]
+    rollout_callbacks = [kind for kind in kinds if issubclass(kind, RolloutCallback)]
+    assert len(rollout_callbacks) > 10
+    for kind in rollout_callbacks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_misspelt_hooks(kind.__new__(kind))
 
 
 class EditInPlace(RolloutCallback):
@@ -166,6 +189,11 @@ class Needs(RolloutCallback):
         ("correct", {"rewards": "unverified"}, "mark one reward as the verifier"),
         ("values", {}, r"register a provider in module.providers\['values'\]"),
         ("logprobs.sampler", {"sampler": DatasetSampler()}, "which nothing provides"),
+        (
+            "logprob.reference",
+            {},
+            r"provider in module.providers\['logprob.reference'\]. Did you mean logprobs.reference\?",
+        ),
     ],
 )
 def test_a_requirement_that_nothing_provides_is_refused_before_the_model_is_loaded(

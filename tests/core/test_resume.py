@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -134,6 +135,15 @@ def test_a_signal_while_sampling_undoes_the_step_and_the_resumed_run_draws_it_ag
     assert sorted(p.name for p in tmp_path.glob("checkpoints/*.ckpt")) == ["clock00000004.ckpt", "clock00000005.ckpt"]
     rest = logged_run(tmp_path, policy, STEPS, checkpoint=last_good_checkpoint(tmp_path))
     assert_same_run(whole, rest, tmp_path)
+
+
+def test_a_run_that_is_over_says_so_when_it_is_continued(policy, tmp_path, caplog):
+    logged_run(tmp_path, policy, 2)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        logged_run(tmp_path, policy, 2, checkpoint=last_good_checkpoint(tmp_path))
+    assert (
+        "Nothing is left to do: the checkpoint is at rollout step 2 and the run ends at max_rollouts=2." in caplog.text
+    )
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from lit_rl.hooks import RolloutCallback
 from lit_rl.methods import RLModule
 from lit_rl.methods.reporting import tensorboard_file, write_scalars
 from lit_rl.methods.terms import LossTerm
+from lit_rl.methods.updating import IDLE_UPDATES
 from lit_rl.objectives import KLCov
 from lit_rl.policies import FrozenCopy
 from lit_rl.rewards import FunctionReward
@@ -397,6 +398,17 @@ def test_old_logprobs_are_taken_from_the_sampler_only_where_they_are_the_policys
         exact = module.policy_logprobs(module.last_rollouts, module.model)[0]
         assert torch.allclose(old[mask], exact[mask], atol=1e-5)
     assert not old[~mask].any()
+
+
+def test_a_term_that_is_never_fed_is_warned_about_once(policy, tmp_path, recwarn):
+    train(tmp_path / "a", make_module(policy, max_rollouts=IDLE_UPDATES - 1, sft_coef=1.0))
+    assert not [w for w in recwarn if "has trained nothing" in str(w.message)]
+    train(tmp_path / "b", make_module(policy, max_rollouts=IDLE_UPDATES + 3, sft_coef=1.0))
+    (said,) = [str(w.message) for w in recwarn if "has trained nothing" in str(w.message)]
+    assert (
+        "'sft' has trained nothing in 10 optimizer steps: there were no completions of origin demonstration or replay"
+        in said
+    )
 
 
 def test_with_one_update_nothing_is_scored_twice(policy, tmp_path):

@@ -74,7 +74,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
     complaints = [row for _, row in read if isinstance(row, str)]
     assert complaints[0].startswith("is not valid JSON (")
     assert complaints[1] == "holds list, not a JSON object"
-    assert complaints[2].startswith("is not valid JSON (")
+    assert complaints[2] == "is not valid UTF-8 (invalid start byte at byte 13)"
     assert [row for _, row in read if isinstance(row, dict)] == [{"prompt": "a"}, {"prompt": "c"}]
 
 

@@ -125,7 +125,10 @@ BAD = ['{"prompt": "a"}', '{"prompt": ', '{"question": "b"}', '{"prompt": null}'
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ('{"prompt": ', r"line 2 is not valid JSON \(.*\)\. Correct it, or set malformed='skip'"),
+        (
+            '{"prompt": ',
+            r"line 2 is not valid JSON \(Expecting value at column 11\)\. Correct it, or set malformed='skip'",
+        ),
         ("[1]", "line 2 holds list, not a JSON object"),
         ('{"question": "b"}', r"line 2 has no column 'prompt', only \['question'\]; name the right one in `columns`"),
         ('{"prompt": null}', "line 2 has a prompt that is neither text nor a list of messages, but NoneType"),
