@@ -16,7 +16,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lit_rl import __version__
-from lit_rl.complaints import PlainMessages, plain_errors
+from lit_rl.complaints import PlainMessages
+from lit_rl.mistakes import plain_errors
 from lit_rl.spelling import did_you_mean
 
 LIGHTNING_COMMANDS = {

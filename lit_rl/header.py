@@ -141,8 +141,8 @@ def _data(data: Any) -> list[str]:
 def _size(stream: PromptStream) -> str:
     """How many prompts there are to train on, as far as there is an end to them."""
     if isinstance(stream, MixedStream):
-        sizes = [f"{s.size:,} {name}" for name, s in stream.sources.items() if s.size is not None]
-        return f": prompts of {', '.join(sizes)}" if sizes else ""
+        sizes = [f"{_count(s.size, 'prompt')} of {name}" for name, s in stream.sources.items() if s.size is not None]
+        return f": {', '.join(sizes)}" if sizes else ""
     return "" if stream.size is None else f": {_count(stream.size, 'prompt')}"
 
 

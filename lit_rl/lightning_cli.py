@@ -118,9 +118,10 @@ class LitRLCLI(LightningCLI):
         elif self.subcommand == "fit" and config.get("ckpt_path") is None and not config.print_plan:
             make_room(run_dir, config.overwrite)
         elif self.subcommand != "fit" and config.get("ckpt_path") is None and any(run_dir.rglob(f"*{SUFFIX}")):
+            best = " or --ckpt_path best" if any(run_dir.rglob("best*.ckpt")) else ""
             print(
                 f"{self.subcommand} takes the policy of model.init_args.policy as it is. For the one that was trained "
-                f"in {run_dir} add --ckpt_path last.",
+                f"in {run_dir} add --ckpt_path last{best}.",
                 file=sys.stderr,
             )
         if self.subcommand == "predict" and config.get("return_predictions") is None:

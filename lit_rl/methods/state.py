@@ -162,8 +162,12 @@ class RunState:
         for signal, by in wanted.items():
             if signal not in present and signal not in self.providers:
                 hint = hints.get(signal, f"register a provider in module.providers[{signal!r}]")
-                meant = did_you_mean(signal, {*present, *self.providers, *hints} - {signal})
-                raise ValueError(f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.{meant}")
+                known = {*present, *self.providers}
+                meant = did_you_mean(signal, (known | hints.keys()) - {signal})
+                raise ValueError(
+                    f"{' and '.join(by)} requires {signal!r}, which nothing provides: {hint}.{meant} "
+                    f"There are: {', '.join(sorted(known))}."
+                )
         self.required = [s for s in self.providers if s in wanted and s not in present]
         self.sampler.check_setup(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

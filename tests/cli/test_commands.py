@@ -168,6 +168,23 @@ def test_evaluating_a_checkpoint_that_is_not_there_is_an_error(run: Run, tmp_pat
     assert "There is no last checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", ["lst", "clock00000005.ckpt", "runs/nope.ckpt"])
+def test_a_checkpoint_file_that_is_not_there_is_answered_with_the_one_that_was_meant(
+    path: str, run: Run, tmp_path: Path, capsys: Any
+):
+    meant = {"lst": "last", "clock00000005.ckpt": run.folder / "checkpoints" / "clock00000005.ckpt"}
+    hint = f" Did you mean {meant[path]}?" if path in meant else ""
+    with pytest.raises(SystemExit) as stopped:
+        run.words("fit", "--ckpt_path", path)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"lit-rl fit: There is no checkpoint {path}: give a file, last or best to --ckpt_path.{hint}"
+    with pytest.raises(SystemExit):
+        main(["export", str(run.folder), str(tmp_path / "out"), "--checkpoint", path])
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"lit-rl export: There is no checkpoint {path}: give a file, last or best to --checkpoint.{hint}"
+
+
 def test_an_evaluation_before_training_does_not_count_as_a_run(run: Run, tmp_path: Path):
     folder = f"--trainer.default_root_dir={tmp_path / 'fresh'}"
     main(["validate", "--config", str(run.config), folder])
@@ -179,7 +196,8 @@ def test_an_evaluation_before_training_does_not_count_as_a_run(run: Run, tmp_pat
 
 def test_an_evaluation_of_the_untrained_policy_beside_checkpoints_says_so(run: Run, tmp_path: Path, capsys: Any):
     run.words("validate", "--trainer.logger=false")
-    assert f"For the one that was trained in {run.folder} add --ckpt_path last." in capsys.readouterr().err
+    advice = f"For the one that was trained in {run.folder} add --ckpt_path last or --ckpt_path best."
+    assert advice in capsys.readouterr().err
     run.words("validate", "--trainer.logger=false", "--ckpt_path=last")
     main(["validate", "--config", str(run.config), f"--trainer.default_root_dir={tmp_path}"])
     assert "that was trained in" not in capsys.readouterr().err
@@ -291,3 +309,14 @@ def test_an_export_does_not_write_over_something_else(tmp_path: Path, capsys: An
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path), str(tmp_path / "out")])
     assert "is there already: name another folder, or pass --overwrite true" in capsys.readouterr().err
+
+
+def test_an_earlier_export_is_replaced_only_on_demand(run: Run, tmp_path: Path, capsys: Any):
+    words = ["export", str(run.folder), str(tmp_path / "out")]
+    main(words)
+    (tmp_path / "out" / "model.safetensors").write_text("broken")
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "pass --overwrite true" in capsys.readouterr().err
+    main([*words, "--overwrite", "true"])
+    Policy(str(tmp_path / "out")).load()

@@ -13,8 +13,9 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rl.cli import main
-from lit_rl.complaints import explain, is_for_the_user, plain_errors
+from lit_rl.complaints import explain
 from lit_rl.hooks import RolloutCallback
+from lit_rl.mistakes import is_for_the_user, plain_errors
 from lit_rl.rewards import Reward
 
 BASE: dict[str, Any] = {
@@ -42,7 +43,7 @@ class Unfinished(Reward):
     """An abstract class."""
 
 
-def run(folder: Path, changes: dict[str, Any], capsys: Any, command: str = "fit") -> str:
+def run(folder: Path, changes: dict[str, Any], capsys: Any, *options: str) -> str:
     """What the user sees for a configuration with some changes (dotted keys; None removes the key)."""
     config = copy.deepcopy(BASE)
     for key, value in changes.items():
@@ -57,7 +58,7 @@ def run(folder: Path, changes: dict[str, Any], capsys: Any, command: str = "fit"
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--config", str(file), f"--trainer.default_root_dir={folder / 'run'}"])
+        main(["fit", "--config", str(file), f"--trainer.default_root_dir={folder / 'run'}", *options])
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip()
     assert "Traceback" not in message
@@ -122,6 +123,56 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "group of one": ({f"{A}.group_size": 1}, "lit-rl fit: group_size=1 leaves nothing to compare with"),
     "no reference": ({f"{A}.kl_coef": 0.1}, "lit-rl fit: kl_coef is set but there is no reference policy"),
     "no policy folder": ({f"{A}.policy": {"path": "./no/where"}}, "There is no folder ./no/where"),
+    "name at the top": ({"modle": {"class_path": "lit_rl.GRPO"}}, "There is no key modle. Did you mean model?"),
+    "argument at the top": (
+        {"max_rollouts": 4},
+        "There is no key max_rollouts. Did you mean model.init_args.max_rollouts?",
+    ),
+    "argument beside init_args": (
+        {"model.max_rollouts": 4},
+        "model: max_rollouts must stand inside init_args of lit_rl.GRPO, not beside class_path.",
+    ),
+    "argument of a reward beside its class": (
+        {f"{A}.rewards": [{"class_path": "lit_rl.rewards.ExactMatchReward", "marker": "#"}]},
+        "model.rewards: marker must stand inside init_args of lit_rl.rewards.ExactMatchReward, not beside class_path.",
+    ),
+    "argument of an optimizer beside its class": (
+        {f"{A}.optimizer": {"class_path": "torch.optim.AdamW", "lr": 1e-3}},
+        "model.optimizer: lr must stand inside init_args of torch.optim.AdamW, not beside class_path.",
+    ),
+    "argument of a callback beside its class": (
+        {"trainer.callbacks": [{"class_path": "lit_rl.callbacks.RolloutLogger", "every": 2}]},
+        "trainer.callbacks: every must stand inside init_args of lit_rl.callbacks.RolloutLogger",
+    ),
+    "init_args misspelt": (
+        {"data": {"class_path": "lit_rl.datamodules.ArithmeticDataModule", "initargs": {}}},
+        "data: there is no key 'initargs' beside class_path. Did you mean init_args?",
+    ),
+    "function for a reward": (
+        {f"{A}.rewards": [{"class_path": "lit_rl.testing.toys.starts_with_digit"}]},
+        "model.rewards: lit_rl.testing.toys.starts_with_digit is a function, not a class: write class_path: "
+        "lit_rl.rewards.FunctionReward with init_args: {function: lit_rl.testing.toys.starts_with_digit}.",
+    ),
+    "function for a callback": (
+        {"trainer.callbacks": [{"class_path": "lit_rl.testing.toys.make_module"}]},
+        "lit_rl.testing.toys.make_module is a function, not a class: class_path must name a subclass of Callback.",
+    ),
+    "class of another kind": (
+        {f"{A}.rewards": [{"class_path": "lit_rl.samplers.HFSampler"}]},
+        "model.rewards: lit_rl.samplers.HFSampler is no Reward: class_path must name a subclass of Reward.",
+    ),
+    "class without its module": (
+        {f"{A}.sampler": "HFSamplr"},
+        "model.sampler: 'HFSamplr' is no class path. Did you mean lit_rl.samplers.HFSampler?",
+    ),
+    "nothing like a class": (
+        {f"{A}.sampler": "xyzzy"},
+        "model.sampler: 'xyzzy' is no class path. One looks like package.module.Class.",
+    ),
+    "type of an optimizer's argument": (
+        {f"{A}.optimizer.init_args.lr": "abc"},
+        "model.optimizer.lr: must be float, got 'abc'.",
+    ),
     "unreadable column": (
         {f"{A}.rewards": [{"class_path": "lit_rl.rewards.MathReward", "init_args": {"answer_column": "gold"}}]},
         "lit-rl fit: Reward 'math' reads the column 'gold', but the data has only ['a', 'answer', 'b'].",
@@ -148,6 +199,47 @@ def test_a_file_that_does_not_exist_and_one_that_is_no_yaml(tmp_path: Path, caps
         with pytest.raises(SystemExit):
             main(["fit", "--config", str(file)])
         assert sentence in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path, capsys: Any):
+    (good := tmp_path / "good.yaml").write_text(yaml.safe_dump(BASE))
+    (bad := tmp_path / "bad.yaml").write_text("model:\n  - a\n b: [")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(good), "--config", str(bad)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        f"lit-rl fit: {bad} is not valid YAML in line 3, column 2: did not find expected key while parsing a block "
+        "mapping.\n"
+    )
+
+
+def test_options_that_lack_their_place_or_their_module_are_short_messages(tmp_path: Path, capsys: Any):
+    (file := tmp_path / "config.yaml").write_text(yaml.safe_dump(BASE))
+    for option, sentence in {
+        "--optimizer.init_args.lr=1": "There is no option --optimizer.init_args.lr. Did you mean "
+        "--model.init_args.optimizer.init_args.lr?",
+        "--model.init_args.optimizer.init_args.lr=abc": "model.optimizer.lr: must be float, got 'abc'.",
+        "--model.init_args.sampler=HFSamplr": "model.sampler: 'HFSamplr' is no class path. Did you mean "
+        "lit_rl.samplers.HFSampler?",
+        "--model=GRPOO": "model: 'GRPOO' is no class path. Did you mean lit_rl.GRPO?",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(file), option])
+        assert capsys.readouterr().err == f"lit-rl fit: {sentence}\n"
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_a_sentence(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = run(tmp_path, {"data": {"class_path": "lit_rl.datamodules.GSM8KDataModule"}}, capsys, "--print_plan")
+    assert "Cannot load openai/gsm8k from the Hugging Face hub (Couldn't reach 'openai/gsm8k' on the Hub)" in message
+    assert "name a local file or folder in `path`." in message
 
 
 def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(capsys: Any):

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lit_rl.callbacks import RewardAlarm, RolloutLogger
+from lit_rl.data import PromptDataModule
+from lit_rl.datamodules import EvalSource, MixtureDataModule, Source, TextDataModule
 from lit_rl.header import changed_arguments, describe_optimizer, hyperparameters, plan_of, run_header, summary
 from lit_rl.methods import SFT
 from lit_rl.objectives import AdvantageNormalizer, Aggregation
@@ -79,6 +81,33 @@ def test_the_header_names_everything_that_decides_a_run(tmp_path: Path):
     (reference,) = [line for line in found["memory"] if line.startswith("reference")]
     weights = found["memory"][0]
     assert reference.split()[1:3] == weights.split()[1:3]  # a copy of all that is trained
+
+
+def data_lines(data: PromptDataModule, folder: Path) -> list[str]:
+    """What the header of a run on this data says of it."""
+    module, trainer = make_module(folder / "policy"), make_trainer(folder)
+    data.setup("fit")
+    trainer.datamodule, module.trainer = data, trainer
+    return lines_of(run_header(module))["data"]
+
+
+def test_the_data_is_named_with_its_path_and_its_number_of_prompts(tmp_path: Path):
+    for name, count in (("train", 3), ("test", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(count)))
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+
+    def text(**options: Any) -> TextDataModule:
+        return TextDataModule(Source(str(train)), [EvalSource(str(test))], **options)
+
+    assert data_lines(text(seed=5), tmp_path) == [
+        f"TextDataModule({train}, seed=5): 3 prompts",
+        "evaluation test: 2 prompts × 1 completion",
+    ]
+    assert data_lines(MixtureDataModule({"toy": ToyData(), "text": text()}), tmp_path) == [
+        f"MixtureDataModule(toy: ToyData, text: TextDataModule({train})): 3 prompts of text",
+        "evaluation toy: 8 prompts × 1 completion",
+        "evaluation text: 2 prompts × 1 completion",
+    ]
 
 
 def test_the_header_reads_the_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -194,6 +194,11 @@ class Needs(RolloutCallback):
             {},
             r"provider in module.providers\['logprob.reference'\]. Did you mean logprobs.reference\?",
         ),
+        (
+            "rewrds",
+            {},
+            r"Did you mean rewards\? There are: correct, entropy, lengths, logprobs.old, logprobs.sampler, ",
+        ),
     ],
 )
 def test_a_requirement_that_nothing_provides_is_refused_before_the_model_is_loaded(

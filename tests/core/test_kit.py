@@ -111,6 +111,12 @@ def test_a_callback_that_does_not_load_what_it_saves_is_caught_by_its_state(tmp_
         check_resume(tmp_path, lambda: [ForgetsTensors()])
 
 
+@pytest.mark.parametrize("callback", [Forgetful, ForgetsTensors])
+def test_a_resume_that_differs_says_where_state_belongs(tmp_path: Path, callback: type[Scale]):
+    with pytest.raises(AssertionError, match="must return from `state_dict` and restore in `load_state_dict`"):
+        check_resume(tmp_path, lambda: [callback()])
+
+
 def test_a_statistic_that_is_not_reduced_over_ranks_is_caught(tmp_path: Path):
     check_two_ranks(tmp_path / "ok", global_mean)
     with pytest.raises(AssertionError, match="between one rank and rank"):
