@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_rl import distributed as ranks
 from lit_rl.hooks import HOOKS, RolloutCallback, callbacks_with, required_signals, warn_of_misspelt_hooks
 from lit_rl.methods.placement import Placement, Whole, check_strategy, placed
-from lit_rl.methods.reporting import tensorboard_file
+from lit_rl.methods.reporting import Ledger, tensorboard_file
 from lit_rl.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -265,6 +265,7 @@ class RunState:
             reward.close()
         self._whole_weights.close()
         self.sampler.close()
+        self.ledger = Ledger()  # stages may be called by themselves after a run
         self._prepared = False
 
     # Signals -------------------------------------------------------------------------------------------------------
