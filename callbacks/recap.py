@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rl.callbacks.monitor import Monitor
 from lit_rl.callbacks.recap_objective import Objective, improvement_and_instability, objective_weights
 from lit_rl.hooks import RolloutCallback
-from lit_rl.rollouts import Origin, Rollouts
+from lit_rl.rollouts import Rollouts
 
 
 class RECAP(RolloutCallback):
@@ -88,26 +87,11 @@ class RECAP(RolloutCallback):
                         f"RECAP's objective {objective.name!r} monitors {monitor!r}; there is "
                         f"{[f'{kind}/{n}' for n in known[kind]]}."
                     )
-            self._warn_if_idle(objective, module)
             if objective.scope == "reward" and self._alone(module, objective.of):
                 raise ValueError(
                     f"RECAP's objective {objective.name!r} weighs the reward {objective.of!r}, which is alone in its "
                     "groups: dividing by the group's deviation takes the weight out again. Set its target to "
                     "'source:<source>' or 'loss:policy', or advantage.scale to 'none' or 'batch'."
-                )
-
-    def _warn_if_idle(self, objective: Objective, module: Any) -> None:
-        """A loss over demonstrations or replayed text alone has no value unless a sampler delivers some."""
-        watched = {objective.of} if objective.scope == "loss" else set()
-        watched |= {m.removeprefix("loss/") for m in objective.monitors if m.startswith("loss/")}
-        delivered = origins_of(module.sampler)
-        for term in module.loss_terms:
-            if term.name in watched and term.origins is not None and not delivered & term.origins:
-                kinds = " or ".join(sorted(Origin(o).name.lower() for o in term.origins))
-                rank_zero_warn(
-                    f"RECAP's objective {objective.name!r} needs loss/{term.name}, which trains completions of origin "
-                    f"{kinds}, but {type(module.sampler).__name__} delivers none. Unless a callback does, add a "
-                    "DatasetSampler and data with completions, as configs/data/mixture.yaml does."
                 )
 
     def _alone(self, module: Any, name: str) -> bool:
@@ -167,12 +151,3 @@ class RECAP(RolloutCallback):
             values = state_dict["history"].get(name, [])
             self.history[name] = deque(values, maxlen=2 * self.window)
             self.weights[name] = state_dict["weights"].get(name, 1.0)
-
-
-def origins_of(sampler: Any) -> set[int]:
-    """Origins of the rows that a sampler delivers, those of the samplers inside it included."""
-    found = {int(Origin.POLICY)}
-    while sampler is not None:
-        found |= {int(sampler.origin)} if hasattr(sampler, "origin") else set()
-        sampler = getattr(sampler, "inner", None)
-    return found

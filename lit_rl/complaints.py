@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 from jsonargparse import ArgumentParser
 
 from lit_rl.mistakes import TRACEBACK, causes
-from lit_rl.spelling import did_you_mean
+from lit_rl.spelling import closest, did_you_mean
 
 
 class Complaint(NamedTuple):
@@ -168,8 +168,8 @@ def _about_a_class(prefix: str, text: str) -> str:
         return f"{prefix}{path} is {kind}: {advice}."
     if no_path:
         known_paths = {path.rpartition(".")[2]: path for path in shipped_classes()}
-        close = did_you_mean(no_path["name"], known_paths).removeprefix(" Did you mean ").removesuffix("?")
-        hint = f" Did you mean {known_paths[close]}?" if close else " One looks like package.module.Class."
+        meant = closest(no_path["name"], known_paths)
+        hint = f" Did you mean {known_paths[meant]}?" if meant else " One looks like package.module.Class."
         return f"{prefix}{no_path['name']!r} is no class path.{hint}"
     if "is abstract" in text:
         return f"{prefix}names an abstract class; choose one of its subclasses."

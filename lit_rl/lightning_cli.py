@@ -111,21 +111,31 @@ class LitRLCLI(LightningCLI):
                 class_path="lightning.pytorch.loggers.TensorBoardLogger",
                 init_args=Namespace(save_dir=str(run_dir), name="", version="", default_hp_metric=False),
             )
-        if config.get("ckpt_path") in ("last", "best"):
-            config.ckpt_path = resolve_checkpoint(run_dir, config.ckpt_path, required=self.subcommand != "fit")
-        elif config.get("ckpt_path") is not None:
-            require_checkpoint(config.ckpt_path, run_dir)
-        elif self.subcommand == "fit" and config.get("ckpt_path") is None and not config.print_plan:
+        self.choose_weights(config, run_dir)
+        if self.subcommand == "predict" and config.get("return_predictions") is None:
+            config.return_predictions = False  # they are in files
+
+    def choose_weights(self, config: Namespace, run_dir: Path) -> None:
+        """Find or refuse the checkpoint that was asked for; without one make room for a run, or say what is measured.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            FileExistsError: the directory of a new run holds one already.
+        """
+        wanted, training = config.get("ckpt_path"), self.subcommand == "fit"
+        if wanted in ("last", "best"):
+            config.ckpt_path = resolve_checkpoint(run_dir, wanted, required=not training)
+        elif wanted is not None:
+            require_checkpoint(wanted, run_dir)
+        elif training and not config.print_plan:
             make_room(run_dir, config.overwrite)
-        elif self.subcommand != "fit" and config.get("ckpt_path") is None and any(run_dir.rglob(f"*{SUFFIX}")):
+        elif not training and any(run_dir.rglob(f"*{SUFFIX}")):
             best = " or --ckpt_path best" if any(run_dir.rglob("best*.ckpt")) else ""
             print(
                 f"{self.subcommand} takes the policy of model.init_args.policy as it is. For the one that was trained "
                 f"in {run_dir} add --ckpt_path last{best}.",
                 file=sys.stderr,
             )
-        if self.subcommand == "predict" and config.get("return_predictions") is None:
-            config.return_predictions = False  # they are in files
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the durable checkpoint writer, and for predictions their writer, to what the user configured."""

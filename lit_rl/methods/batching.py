@@ -65,10 +65,15 @@ def micro_batches(rollouts: Rollouts, max_tokens: int, pass_tokens: int | None =
 
 
 def split(batch: Rollouts, parts: list[Tensor]) -> list[Rollouts]:
-    """The parts of a batch, given by their rows, each no wider than its longest completion.
+    """The parts of a batch, each no wider than its longest completion.
 
-    Their signals are views of one copy of the batch's: what is written into a part reaches neither the batch nor
-    another part.
+    Args:
+        batch: N rows.
+        parts: int ``[n]`` each, rows of the batch (from `micro_batches`, for example).
+
+    Returns:
+        A batch for each part, its rows in the given order. Signals are views of one copy of the batch's: what is
+        written into a part reaches neither the batch nor another part.
     """
     if not parts:
         return []

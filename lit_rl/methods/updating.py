@@ -184,13 +184,15 @@ class UpdateStage:
         for term, count in zip(self.loss_terms, trained):
             if count:
                 self._idle[term.name] = -math.inf  # it is fed: never warn of it
-            elif term.coefficient(self):
-                self._idle[term.name] = self._idle.get(term.name, 0) + 1
-            if self._idle.get(term.name) == IDLE_UPDATES:
+                continue
+            if not term.coefficient(self):
+                continue
+            self._idle[term.name] = self._idle.get(term.name, 0) + 1
+            if self._idle[term.name] == IDLE_UPDATES:
                 origins = sorted(Origin(o).name.lower() for o in term.origins or Origin)
                 rank_zero_warn(
-                    f"The loss term {term.name!r} has trained nothing in {IDLE_UPDATES} optimizer steps: there were no "
-                    f"completions of origin {' or '.join(origins)}. Use a sampler or a callback that delivers some "
+                    f"The loss term {term.name!r} has trained nothing in {IDLE_UPDATES} optimizer steps: there was no "
+                    f"token of origin {' or '.join(origins)}. Use a sampler or a callback that delivers some "
                     "(configs/data/mixture.yaml), or set its coefficient to 0."
                 )
 

@@ -57,7 +57,7 @@ def accepted(names: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("names", list(permutations(["autonpo", "dot", "lambda", "recap"])), ids="-".join)
 def test_the_four_are_accepted_in_every_order(names: tuple[str, ...]) -> None:
     module = Module()
-    module.loss_terms = [type("Term", (), {"name": "policy", "origins": None})()]
+    module.loss_terms = [type("Term", (), {"name": "policy"})()]
     module.rewards[0].name = "answer"
     callbacks = [BUILD[name]() for name in names]
     module.trainer.callbacks = callbacks

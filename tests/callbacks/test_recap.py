@@ -9,6 +9,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,10 @@ from callback_batches import Module, add_demonstrations, batch
 from lit_rl.callbacks import RECAP, Objective
 from lit_rl.callbacks.recap_objective import improvement_and_instability, objective_weights
 from lit_rl.data import EvalSet, GeneratedStream, MixedStream, PromptDataModule
-from lit_rl.methods.terms import LikelihoodTerm, LossTerm, PolicyTerm
-from lit_rl.objectives import AdvantageNormalizer, Clip
+from lit_rl.methods.terms import LossTerm
+from lit_rl.objectives import AdvantageNormalizer
 from lit_rl.rewards import FunctionReward
-from lit_rl.rollouts import Origin
 from lit_rl.samplers import DatasetSampler
-from lit_rl.samplers.wrapping import SamplerWrapper
 from lit_rl.testing import (
     StopAt,
     assert_same_weights,
@@ -189,7 +188,7 @@ def test_demonstrations_of_other_sources_keep_their_advantages() -> None:
 
 
 def module_with(*rewards: FunctionReward, scale: str = "group") -> Module:
-    terms = [PolicyTerm(Clip(), origins=[Origin.POLICY]), LikelihoodTerm()]
+    terms = [SimpleNamespace(name=name) for name in ("policy", "sft")]
     return Module(rewards=list(rewards), loss_terms=terms, advantage=AdvantageNormalizer(scale=scale))
 
 
@@ -204,19 +203,6 @@ def test_a_target_or_monitor_that_does_not_exist_is_refused() -> None:
             RECAP([objective]).check_setup(module)
     with pytest.raises(ValueError, match="reward/exact"):
         RECAP([Objective("x", "reward/exakt", "reward", "loss:policy")]).check_setup(module)
-
-
-@pytest.mark.parametrize("objective", [Objective("x", "loss/sft"), Objective("x", "length", target="loss:sft")])
-def test_a_likelihood_that_nothing_feeds_is_warned_about_before_the_run(objective: Objective) -> None:
-    module = module_with(reward("exact"))
-    with pytest.warns(UserWarning, match="of origin demonstration or replay, but HFSampler delivers none"):
-        RECAP([objective]).check_setup(module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RECAP([Objective("x", "reward/mean", "reward", "loss:policy")]).check_setup(module)
-        for sampler in (DatasetSampler(origin="replay"), SamplerWrapper(DatasetSampler())):
-            module.sampler = sampler
-            RECAP([objective]).check_setup(module)
 
 
 def test_a_reward_whose_weight_would_be_divided_out_again_is_refused() -> None:

@@ -406,9 +406,18 @@ def test_a_term_that_is_never_fed_is_warned_about_once(policy, tmp_path, recwarn
     train(tmp_path / "b", make_module(policy, max_rollouts=IDLE_UPDATES + 3, sft_coef=1.0))
     (said,) = [str(w.message) for w in recwarn if "has trained nothing" in str(w.message)]
     assert (
-        "'sft' has trained nothing in 10 optimizer steps: there were no completions of origin demonstration or replay"
-        in said
+        "'sft' has trained nothing in 10 optimizer steps: there was no token of origin demonstration or replay" in said
     )
+
+
+def test_a_term_that_is_switched_off_when_it_is_warned_about_is_left_alone(policy, tmp_path, recwarn):
+    class SwitchOff(RolloutCallback):
+        def on_metrics(self, trainer: Any, module: Any, metrics: dict[str, float]) -> None:
+            if module.clock == IDLE_UPDATES - 1:
+                module.sft_coef = 0.0
+
+    train(tmp_path, make_module(policy, max_rollouts=IDLE_UPDATES + 3, sft_coef=1.0), [SwitchOff()])
+    assert sum("has trained nothing" in str(w.message) for w in recwarn) == 1
 
 
 def test_with_one_update_nothing_is_scored_twice(policy, tmp_path):
