@@ -182,7 +182,7 @@ class AutoNPO(GuidedReplay):
             with weights_of(module, self.ring, step):
                 earlier, _ = module.policy_logprobs(part, module.model)
             gap = torch.where(mask, earlier - present, 0.0).double()
-            k3 = (gap.exp() - gap - 1).sum()
+            k3 = (torch.expm1(gap) - gap).sum()
             sums += torch.stack([k3, mask.sum().double(), torch.tensor(float(len(part))).to(k3)])
         total, tokens, completions = ranks.all_sum(sums).tolist()
         k, length = total / max(tokens, 1), tokens / max(completions, 1)

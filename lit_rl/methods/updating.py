@@ -176,7 +176,7 @@ class UpdateStage:
             return
         where = wanted & (micro.origin == Origin.POLICY)[:, None]
         gap = torch.where(where, current.logprobs.detach() - micro.logprobs["sampler"], 0.0)
-        self.ledger.mean("policy/kl_sampler", gap.exp() - gap - 1, where)
+        self.ledger.mean("policy/kl_sampler", torch.expm1(gap) - gap, where)
         self.ledger.largest("policy/sampler_gap_max", gap.abs(), where)
 
     def warn_of_idle_terms(self: RLModule, trained: list[float]) -> None:

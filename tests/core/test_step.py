@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_rl.data import GeneratedStream
 from lit_rl.hooks import RolloutCallback
 from lit_rl.methods import RLModule
-from lit_rl.methods.reporting import tensorboard_file, write_scalars
-from lit_rl.methods.terms import LossTerm
+from lit_rl.methods.reporting import Ledger, tensorboard_file, write_scalars
+from lit_rl.methods.terms import Current, LossTerm
 from lit_rl.methods.updating import IDLE_UPDATES
 from lit_rl.objectives import KLCov
 from lit_rl.policies import FrozenCopy
@@ -28,6 +29,7 @@ from lit_rl.samplers.base import RolloutRequest, RolloutSampler
 from lit_rl.testing import ToyData, assert_same_weights, final_state, make_module, make_policy, train
 from lit_rl.testing.toys import toy_reward
 from tests.core.runs import scalars, schedule
+from tests.core.test_rollouts import make_rollouts
 
 LOGGED = """reward/mean reward/std reward/digit rollout/correct_ratio rollout/zero_signal_ratio rollout/length_mean
 rollout/kept_length_mean rollout/length_p95 rollout/truncated_ratio rollout/unscorable_ratio policy/entropy
@@ -418,6 +420,16 @@ def test_a_term_that_is_switched_off_when_it_is_warned_about_is_left_alone(polic
 
     train(tmp_path, make_module(policy, max_rollouts=IDLE_UPDATES + 3, sft_coef=1.0), [SwitchOff()])
     assert sum("has trained nothing" in str(w.message) for w in recwarn) == 1
+
+
+def test_a_small_distance_of_sampler_and_trainer_is_not_lost_in_rounding():
+    batch = make_rollouts([3, 2], [0, 0])
+    batch.logprobs["sampler"] = torch.full(batch.completion_ids.shape, -1.0)
+    current = Current(torch.full(batch.completion_ids.shape, -1.0 + 1e-5), None, None)
+    gap = float((current.logprobs - batch.logprobs["sampler"])[0, 0])
+    module: Any = SimpleNamespace(ledger=Ledger())
+    RLModule.record_mismatch(module, batch, current, batch.completion_mask)
+    assert module.ledger.reduce(torch.device("cpu"))["policy/kl_sampler"] == pytest.approx(gap**2 / 2, rel=0.01)
 
 
 def test_with_one_update_nothing_is_scored_twice(policy, tmp_path):
