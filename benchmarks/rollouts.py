@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def partial(options: argparse.Namespace, report: Report) -> None:
             table = partial_table(title, law, prompts, options)
             report.tables.append(table)
             best = max(best, *(row["times"] for row in table.rows[1:]))
-        what = f"PartialSampler, trained completions a second as a multiple of HFSampler's, {prompts} prompts a step"
+        what = f"PartialSampler, trained completions a second as a multiple of HFSampler's, N = {prompts}"
         report.goals.append(Goal(what, best, "at least", 1.2))
 
 
@@ -265,7 +266,8 @@ def partial_table(title: str, law: dict[str, Any], prompts: int, options: argpar
     busy = options.clock == "processor"
     threads = 1 if busy else len(os.sched_getaffinity(0))
     variants = [Variant("HFSampler", "plain", threads, lengths=law)]
-    for ratio in options.ratios:
+    different = {math.ceil(ratio * prompts): ratio for ratio in options.ratios}  # M is a whole number of prompts
+    for ratio in different.values():
         name = f"PartialSampler, M / N = {ratio:g}"
         variants.append(Variant(name, "partial", threads, {"oversampling": ratio}, law))
     found = measure(spec, variants, options.rounds, warm)
